@@ -1,0 +1,179 @@
+"""Checkpoints: written whole or not at all, read without running code, and exchanged with nanoGPT.
+
+A checkpoint is a dict of tensors and plain values. nanoGPT's keys: model, optimizer, model_args, iter_num,
+best_val_loss, config. Ours besides: tokenizer, scaler, tokens_seen, evaluated, versions. `ckpt.pt` is what to use (the
+best, or the latest with always_save_checkpoint); `last.pt` is where a run goes on.
+
+No random state is kept, because there is none: data and dropout follow from config["seed"] and iter_num.
+"""
+
+import dataclasses
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from model import GPT, GPTConfig
+
+BEST, LAST, LOG = "ckpt.pt", "last.pt", "log.jsonl"
+# nanoGPT may store best_val_loss as a numpy scalar: a dtype and its bytes, no code.
+_NUMPY_SCALAR = [
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.float64)),
+]
+
+
+def save(path: Path, state: dict) -> None:
+    """Writes `state` to `path` so that the path holds the old file or the new one, never a part.
+
+    Raises UserError where the disk refuses; the old file is then still there.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            _replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
+
+
+def _replace(partial: Path, path: Path) -> None:
+    os.replace(partial, path)
+    if os.name == "posix":  # the new name itself must reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def prepare_folder(out_dir: str) -> Path:
+    """Creates out_dir and makes sure that a file can be written there."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            return Path(out_dir)
+    except OSError as error:
+        raise UserError(f"out_dir {out_dir!r} can't be written: {error.strerror or error}") from error
+
+
+def set_aside(out_dir: Path) -> None:
+    """Moves what an earlier run left in out_dir into out_dir/previous, over what was there."""
+    found = [out_dir / name for name in (BEST, LAST, LOG) if (out_dir / name).exists()]
+    if found:
+        print(f"{out_dir} holds an earlier run; it is moved to {out_dir / 'previous'}")
+        (out_dir / "previous").mkdir(exist_ok=True)
+        for path in found:
+            os.replace(path, out_dir / "previous" / path.name)
+
+
+def to_use(out_dir: str) -> Path:
+    """The checkpoint to sample or evaluate: ckpt.pt, or last.pt before there is one. UserError if neither is there."""
+    return _existing(out_dir)[0]
+
+
+def to_resume(out_dir: str) -> Path:
+    """The checkpoint that is furthest on: last.pt, unless nanoGPT has carried ckpt.pt on since."""
+    return max(reversed(_existing(out_dir)), key=lambda path: load(path)["iter_num"])
+
+
+def _existing(out_dir: str) -> list[Path]:
+    found = [path for path in (Path(out_dir) / BEST, Path(out_dir) / LAST) if path.is_file()]
+    if not found:
+        raise UserError(f"no checkpoint in {out_dir!r}: train one with --out_dir={out_dir}, or name another folder")
+    return found
+
+
+def load(path: Path) -> dict:
+    """Reads a checkpoint, ours or nanoGPT's, to the CPU, in our form. Hidden code is not run.
+
+    Raises UserError for a file that is truncated, holds more than tensors and plain values, or is no GPT checkpoint.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALAR):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged, or holds more than tensors and plain values; it was not loaded") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise UserError(f"{path} can't be read; is it truncated? ({error})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path} is no checkpoint of a GPT: it has no 'model'")
+    fields = {field.name for field in dataclasses.fields(GPTConfig)}
+    args = state.get("model_args")
+    if not isinstance(args, dict) or not {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"} <= args.keys():
+        raise UserError(f"{path} is no checkpoint of a GPT: its model_args are missing or incomplete")
+    if unknown := args.keys() - fields:
+        raise UserError(f"{path} holds a model that is unknown here: {', '.join(map(str, sorted(unknown)))}")
+    state["model"] = {
+        name.removeprefix("_orig_mod."): tensor
+        for name, tensor in state["model"].items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask that older code kept
+    }
+    state["best_val_loss"] = float(state.get("best_val_loss", float("inf")))
+    state["iter_num"] = int(state.get("iter_num", 0))
+    state["path"] = path
+    state.setdefault("config", {})
+    return state
+
+
+def build_model(state: dict, dropout: float = 0.0) -> GPT:
+    """The model that a loaded checkpoint describes, with its weights. Raises UserError where the two do not match."""
+    try:
+        model = GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}))
+        model.load_state_dict(state["model"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{state['path']} does not hold the weights that its model_args describe: {error}") from error
+    return model
+
+
+def pretrained(name: str, dropout: float = 0.0) -> GPT:
+    """GPT-2 as GPT.from_pretrained finds it: by name, or in a folder. Raises UserError where it does not."""
+    try:
+        return GPT.from_pretrained(name, {"dropout": dropout})
+    except ModuleNotFoundError as error:
+        raise UserError(f"init_from={name} needs the {error.name} package: pip install -e .[hf]") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"init_from={name}: {error}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
+    """Gives `optimizer` the moments and step counts of a loaded checkpoint; its rates, decay and kernels stay its own.
+
+    Position embeddings that were cropped lose the moments of the rows that are gone.
+    """
+    saved, own = checkpoint["optimizer"], optimizer.state_dict()["param_groups"]
+    sizes = [len(group["params"]) for group in own]
+    try:
+        if [len(group["params"]) for group in saved["param_groups"]] != sizes:
+            raise ValueError("its groups hold other numbers of parameters")
+        groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved["param_groups"], strict=True)]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        order = [index for group in groups for index in group["params"]]
+        state = {}
+        for index, parameter in zip(order, parameters, strict=True):
+            if index in saved["state"]:
+                state[index] = {k: _cropped(v, parameter) for k, v in saved["state"][index].items()}
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint['path']}: its optimizer does not fit this model ({error})") from error
+
+
+def _cropped(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if not torch.is_tensor(value) or value.dim() == 0 or value.shape == parameter.shape:
+        return value
+    value = value[: parameter.size(0)]
+    if value.shape != parameter.shape:
+        raise ValueError(f"moments of shape {tuple(value.shape)} for weights of shape {tuple(parameter.shape)}")
+    return value.clone()

@@ -1,0 +1,7 @@
+# The loss of GPT-2 (1558M) as OpenAI trained it, on the data set's two splits.
+#   python train.py config/eval_gpt2_xl.py
+batch_size = 8
+eval_iters = 500
+eval_only = True
+wandb_log = False
+init_from = "gpt2-xl"

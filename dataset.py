@@ -1,0 +1,278 @@
+"""Token shards on disk, and the batches that are read from them.
+
+A data set is a folder with train.bin and val.bin (or train_*.bin and val_*.bin, in name order): raw little-endian
+uint16 tokens, uint32 where meta.json says so. A file that starts with the header of llm.c and modded-nanogpt is read as
+such. meta.json holds the vocabulary size, the dtype, the token counts and the tokenizer. nanoGPT's folders, with
+meta.pkl or no meta at all, work as they are.
+
+The batches are a pure function: row r of iteration i depends on (seed, i, r) and on the data, and on nothing else.
+"""
+
+import http.client
+import json
+import os
+import pickle
+import shutil
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from tokenizer import Tokenizer
+
+HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
+SCAN_TOKENS = 2**26  # of each shard, looked at before a run starts; every batch is checked as it is read
+_MASK = 2**64 - 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding and opening
+
+
+def find(name: str) -> Path:
+    """The folder of data set `name`: data/NAME where the user stands, else beside this file; NAME may be a path.
+
+    Raises UserError that names the command to prepare it.
+    """
+    places = [Path("data") / name, Path(__file__).resolve().parent / "data" / name]
+    for place in places:
+        if any(place.glob("train*.bin")):
+            return place
+    scripts = [place / "prepare.py" for place in places if (place / "prepare.py").exists()]
+    how = f"run: python {scripts[0]}" if scripts else f"no prepare.py is there; data sets: {', '.join(_known())}"
+    raise UserError(f"data set {name!r} is not prepared: {how}")
+
+
+def _known() -> list[str]:
+    return sorted(path.parent.name for path in (Path(__file__).resolve().parent / "data").glob("*/prepare.py"))
+
+
+def load_meta(folder: Path) -> dict:
+    """What is known of a data set: {vocab_size, dtype, tokens, tokenizer}, each None where nothing is.
+
+    nanoGPT's folders without meta hold GPT-2 tokens. meta.pkl is read without running any code that hides in it.
+    """
+    meta = {"vocab_size": None, "dtype": "uint16", "tokens": None, "tokenizer": None}
+    try:
+        if (folder / "meta.json").exists():
+            meta |= json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"dtype is {meta['dtype']!r}, not uint16 or uint32")
+        elif (folder / "meta.pkl").exists():
+            with open(folder / "meta.pkl", "rb") as file:
+                theirs = _PlainUnpickler(file).load()
+            chars = [theirs["itos"].get(i) for i in range(int(theirs["vocab_size"]))]
+            meta |= {"vocab_size": len(chars), "tokenizer": {"type": "char", "chars": chars}}
+        else:
+            meta |= {"tokenizer": {"type": "gpt2"}}
+    except Exception as error:  # a broken pickle raises anything
+        raise UserError(f"{folder}: its meta file can't be read ({error}); prepare the data set again") from error
+    return meta
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers, and refuses everything that could run code."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no plain data")
+
+
+class Split:
+    """The tokens of one split, memory-mapped, as one row of tokens over all its shards."""
+
+    def __init__(self, folder: Path, split: str, meta: dict, vocab_size: int | None = None):
+        """Raises UserError for a missing, empty, truncated or half-written file, or ids beyond vocab_size."""
+        files = sorted(folder.glob(f"{split}_*.bin")) or [folder / f"{split}.bin"]
+        self.name, self.vocab_size = f"{folder} ({split})", vocab_size
+        self.shards = [_map_shard(file, np.dtype(meta["dtype"]).newbyteorder("<")) for file in files]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        expected = (meta["tokens"] or {}).get(split, len(self))
+        if expected != len(self):
+            raise UserError(f"{self.name} holds {len(self)} tokens, and meta.json says {expected}: prepare it again")
+        for shard in self.shards:
+            self._check_ids(shard[:SCAN_TOKENS])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start … start + count - 1, across the borders of shards, as int64."""
+        out, filled = np.empty(count, dtype=np.int64), 0
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        while filled < count:
+            offset = start + filled - (int(self.ends[shard - 1]) if shard else 0)
+            part = self.shards[shard][offset : offset + count - filled]
+            out[filled : filled + len(part)] = part
+            filled, shard = filled + len(part), shard + 1
+        return out
+
+    def windows(self, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) int64 of the windows that begin at `starts`; a target is the next token."""
+        tokens = np.stack([self.read(int(start), block_size + 1) for start in starts])
+        self._check_ids(tokens)
+        tokens = torch.from_numpy(tokens)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def check_length(self, block_size: int) -> None:
+        if len(self) <= block_size:
+            raise UserError(
+                f"{self.name} holds {len(self)} tokens, and block_size {block_size} needs at least {block_size + 1}: "
+                "lower block_size or bring more data"
+            )
+
+    def _check_ids(self, tokens: np.ndarray) -> None:
+        if self.vocab_size is not None and tokens.size and (top := int(tokens.max())) >= self.vocab_size:
+            raise UserError(f"{self.name} holds token id {top}, beyond the model's vocabulary of {self.vocab_size}")
+
+
+def _map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise UserError(f"{path} is empty: prepare the data set again")
+        if size >= 4 * HEADER_INTS:
+            header = np.fromfile(path, dtype="<i4", count=3)
+            if header[0] == HEADER_MAGIC:
+                tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
+                if len(tokens) != header[2]:
+                    raise UserError(f"{path} holds {len(tokens)} tokens, and its header says {header[2]}")
+                return tokens
+        if size % dtype.itemsize:
+            raise UserError(f"{path}: {size} bytes are no whole number of {dtype.name} tokens; is it truncated?")
+        return np.memmap(path, dtype=dtype, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: prepare the data set again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The order of the data
+
+
+def mix(*numbers: int) -> int:
+    """64 well-mixed bits from some integers (splitmix64: Steele, Lea, Flood, 2014); the same on every machine."""
+    state = 0
+    for number in numbers:
+        state = (state + int(number) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def training_starts(rows: np.ndarray, n_tokens: int, block_size: int, seed: int) -> np.ndarray:
+    """Where the windows of these rows begin; rows are numbered through the run: iteration · rows an iteration + r.
+
+    An epoch visits each of its windows once, in an order of its own. Windows do not overlap within an epoch, and each
+    epoch shifts their boundaries. Nothing is stored: the cost does not depend on the size of the data.
+    """
+    n_windows = max(1, (n_tokens - block_size) // block_size)
+    n_shifts = min(block_size, n_tokens - n_windows * block_size)
+    epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), n_windows)
+    starts = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        shift = mix(seed, epoch, 1) % n_shifts
+        starts[here] = _permute(places[here], n_windows, mix(seed, epoch, 2)) * block_size + shift
+    return starts
+
+
+def evaluation_starts(n_tokens: int, block_size: int, count: int) -> np.ndarray:
+    """Where `count` windows begin that are spread evenly over a split, its first and last token included."""
+    return np.linspace(0, n_tokens - 1 - block_size, count).round().astype(np.int64)
+
+
+def _permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
+    """A pseudo-random permutation of 0 … size - 1 at the given places.
+
+    A Feistel network over the next power of four, walked until it falls below size (Black and Rogaway, 2002).
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = np.uint64(2**half - 1)
+    keys = [np.uint64(mix(key, turn)) for turn in range(6)]
+
+    def feistel(values: np.ndarray) -> np.ndarray:
+        left, right = values >> np.uint64(half), values & low
+        for turn_key in keys:
+            mixed = (right ^ turn_key) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        return left << np.uint64(half) | right
+
+    values = feistel(places.astype(np.uint64))
+    while (outside := values >= size).any():
+        values[outside] = feistel(values[outside])
+    return values.astype(np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing, for the prepare.py scripts
+
+
+def read_source(source: str, url: str, folder: Path) -> str:
+    """The text of the file `source`; without one, of folder/input.txt, which is downloaded from `url` where missing.
+
+    Line ends become newlines. Raises UserError that names --source where nothing can be downloaded.
+    """
+    path = Path(source or folder / "input.txt")
+    if not source and not path.exists():
+        partial = path.with_name("input.txt.tmp")
+        try:
+            with urllib.request.urlopen(url, timeout=60) as reply, open(partial, "wb") as file:
+                shutil.copyfileobj(reply, file)
+                if file.tell() != int(reply.headers.get("Content-Length", file.tell())):
+                    raise OSError("the connection broke off")
+            os.replace(partial, path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise UserError(f"{url} can't be downloaded ({error}); with a copy at hand, use --source=FILE") from error
+    try:
+        return decode_text(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def decode_text(data: bytes, name: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from error
+    if not text.strip():
+        raise UserError(f"{name} holds no text")
+    return text.replace("\r\n", "\n")
+
+
+def write_dataset(folder: Path, splits: dict[str, list[int]], tokenizer: Tokenizer) -> None:
+    """Writes {train,val}.bin and meta.json for token ids by split, in an order that leaves nothing half-finished.
+
+    All is written under other names first. train.bin, without which a folder counts as not prepared, goes first and
+    comes last.
+    """
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    meta = {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+        "tokens": {split: len(ids) for split, ids in splits.items()},
+        "tokenizer": tokenizer.to_data(),
+    }
+    contents = {f"{split}.bin": np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")) for split, ids in splits.items()}
+    contents["meta.json"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
+    if meta["tokenizer"]["type"] == "char":  # what nanoGPT's own sample.py looks for
+        chars = tokenizer.chars
+        theirs = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+        contents["meta.pkl"] = np.frombuffer(pickle.dumps(theirs), dtype=np.uint8)
+    try:
+        for name, content in contents.items():
+            with open(folder / f"{name}.tmp", "wb") as file:
+                content.tofile(file)
+                file.flush()
+                os.fsync(file.fileno())
+        (folder / "train.bin").unlink(missing_ok=True)
+        for name in sorted(contents, key=lambda name: name == "train.bin"):
+            os.replace(folder / f"{name}.tmp", folder / name)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
+    for split, ids in splits.items():
+        print(f"{split} has {len(ids):,} tokens")

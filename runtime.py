@@ -1,0 +1,161 @@
+"""Where a run computes: device, precision, compilation, and the processes that share the work."""
+
+import contextlib
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Dense 16-bit matrix peak of a device in FLOP/s, by a part of its name (makers' data sheets); the first match counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+
+
+class Processes(NamedTuple):
+    """This process among those that torchrun started; rank 0 of 1 without torchrun."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]:
+    """Joins torchrun's process group, if there is one, and picks this process's device.
+
+    backend is used on CUDA; other devices talk through gloo.
+    """
+    if "RANK" not in os.environ:
+        return Processes(), pick_device(device)
+    processes = Processes(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    found = pick_device(device)
+    if found.type == "cuda":
+        found = pick_device(f"cuda:{processes.local_rank}")
+        torch.cuda.set_device(found)
+    if found.type != "cuda":
+        backend = "gloo"
+    try:
+        dist.init_process_group(backend)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"backend={backend} could not start: {error}") from error
+    return processes, found
+
+
+def stop_processes(processes: Processes) -> None:
+    if processes.world_size > 1 or dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for 'auto' the first there is of cuda, mps and cpu. Raises UserError for any other."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    kind, _, index = name.partition(":")
+    if kind not in there or (index and not index.isdigit()):
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
+    if not there[kind]:
+        raise UserError(f"device {name!r} is not there: this machine or this build of torch has no {kind}; try cpu")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if index and int(index) >= count:
+        raise UserError(f"device {name!r} is not there: the last one is {kind}:{count - 1}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; for 'auto' bfloat16 where the device computes in it, else float32."""
+    if name != "auto" and name not in DTYPES:
+        raise UserError(f"unknown dtype {name!r}: use auto, {', '.join(DTYPES)}")
+    has_bfloat16 = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "mps": lambda: False,  # not tried on such a machine yet
+        "cpu": _cpu_has_bfloat16,
+    }[device.type]
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16() else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise UserError("dtype 'float16' needs a GPU: on a cpu use bfloat16 or float32")
+    if name == "bfloat16" and device.type == "cuda" and not has_bfloat16():
+        raise UserError(f"dtype 'bfloat16' is not in {torch.cuda.get_device_name(device)}: use float16 or float32")
+    return DTYPES[name]
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), rather than by emulation."""
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if "avx512_bf16" in features or "amx_bf16" in features:
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return any(getattr(torch.cpu, f"_is_{part}_supported", bool)() for part in ("avx512_bf16", "amx_tile"))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Matrix products in `dtype`, weights and sums in float32; nothing at all for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def compile_model(model: torch.nn.Module, device: torch.device) -> bool:
+    """Compiles the model in place, which keeps its state-dict keys. Warns and returns False without a compiler."""
+    why = _why_no_compiler(device)
+    if why:
+        print(f"warning: compile=True is not possible ({why}); going on without", file=sys.stderr)
+        return False
+    model.compile()
+    return True
+
+
+def _why_no_compiler(device: torch.device) -> str:
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "the triton package is missing or does not know this GPU"
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception:  # each platform has its own
+            return "no C++ compiler is installed, or CXX names none"
+        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+            return "Python's header files are not installed"
+    return ""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's matrix peak in FLOP/s at 16 bits; None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,82 @@
+"""Text to token ids and back. A tokenizer is plain data, and travels as such in meta.json and in checkpoints.
+
+{"type": "char", "chars": ["\\n", " ", "!", ...]}   one id a character, in this order
+{"type": "gpt2"}                                   GPT-2's byte-level BPE, by the tiktoken package
+"""
+
+import codecs
+from collections.abc import Sequence
+
+from configurator import UserError
+
+
+class CharTokenizer:
+    """One token a character. `chars` lists the characters by id; an id without one holds None."""
+
+    def __init__(self, chars: Sequence[str | None]):
+        self.chars = list(chars)
+        self.vocab_size = len(self.chars)
+        self._ids = {char: i for i, char in enumerate(self.chars) if char is not None}
+
+    @classmethod
+    def train(cls, text: str) -> "CharTokenizer":
+        """The characters of `text`, sorted, as nanoGPT numbers them."""
+        return cls(sorted(set(text)))
+
+    def encode(self, text: str) -> list[int]:
+        """Raises UserError that names the characters which have no id."""
+        try:
+            return [self._ids[char] for char in text]
+        except KeyError:
+            missing = " ".join(repr(char) for char in sorted(set(text) - self._ids.keys()))
+            raise UserError(
+                f"the tokenizer knows {len(self._ids)} characters, and these are not among them: {missing}"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.chars[i] or "" for i in ids)
+
+    def to_data(self) -> dict:
+        return {"type": "char", "chars": self.chars}
+
+
+class GPT2Tokenizer:
+    """GPT-2's 50,257 byte pairs. tiktoken fetches them once, and finds them again in TIKTOKEN_CACHE_DIR."""
+
+    vocab_size = 50257
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self._bpe = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network, a proxy or a broken cache raises
+            raise UserError(
+                f"tiktoken could not fetch GPT-2's tokens ({type(error).__name__}): go online once, or set "
+                "TIKTOKEN_CACHE_DIR to a folder that holds them"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """The marker <|endoftext|> becomes its one id."""
+        return self._bpe.encode(text, allowed_special={"<|endoftext|>"})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Invalid UTF-8 shows as U+FFFD; a character whose last bytes are still to come is left out."""
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(self._bpe.decode_bytes(list(ids)))
+
+    def to_data(self) -> dict:
+        return {"type": "gpt2"}
+
+
+Tokenizer = CharTokenizer | GPT2Tokenizer
+
+
+def from_data(data: dict) -> Tokenizer:
+    """The tokenizer that `to_data` described. Raises UserError for data that describes none."""
+    kind = data.get("type") if isinstance(data, dict) else None
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    chars = data.get("chars") if kind == "char" else None
+    if isinstance(chars, list) and chars and all(char is None or isinstance(char, str) for char in chars):
+        return CharTokenizer(chars)
+    raise UserError(f"the data describes no tokenizer that is known here (type {kind!r})")

@@ -1,0 +1,414 @@
+"""Pretrains a GPT, resumes a run, or fine-tunes a GPT that exists.
+
+One process, on a GPU or on a CPU:
+    python train.py config/train_shakespeare_char.py
+    python train.py config/train_shakespeare_char.py --device=cpu --compile=False --batch_size=32
+    python train.py config/train_shakespeare_char.py --init_from=resume
+
+Eight GPUs of one machine:
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+"""
+
+import configurator
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings. The defaults train a GPT-2 (124M) on OpenWebText.
+# Input and output
+out_dir = "out"  # folder of checkpoints and log; relative to where you stand
+eval_interval = 2000  # iterations between two evaluations, each of which saves
+log_interval = 1  # iterations between two log lines
+eval_iters = 200  # micro-batches read in an evaluation of one split, at the most
+eval_only = False  # evaluate once and stop; nothing is written
+always_save_checkpoint = True  # ckpt.pt holds the latest evaluated state; False: the best by validation loss
+init_from = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with GPT-2 weights
+# Weights & Biases
+wandb_log = False  # send the figures to Weights & Biases too; WANDB_MODE=offline keeps them here
+wandb_project = "owt"  # project name there
+wandb_run_name = "gpt2"  # run name there
+# Data
+dataset = "openwebtext"  # folder under data/, or a path
+gradient_accumulation_steps = 5 * 8  # micro-batches in an update, over all processes together
+batch_size = 12  # sequences in a micro-batch
+block_size = 1024  # tokens in a sequence: the longest context
+# Model
+n_layer = 12  # transformer blocks
+n_head = 12  # attention heads in a block
+n_embd = 768  # width
+dropout = 0.0  # 0 for pretraining; 0.1 and more for small data or fine-tuning
+bias = False  # biases in linear layers and layer norms
+# AdamW
+learning_rate = 6e-4  # the highest rate
+max_iters = 600000  # updates in all
+weight_decay = 1e-1  # of matrices and embeddings
+beta1 = 0.9  # decay of the mean of gradients
+beta2 = 0.95  # decay of the mean of squared gradients
+grad_clip = 1.0  # gradients are scaled down to this norm; 0 is off
+# Learning rate: linear warm-up, then a cosine down to min_lr
+decay_lr = True  # False: learning_rate throughout
+warmup_iters = 2000  # updates of the warm-up
+lr_decay_iters = 600000  # the update at which min_lr is reached; about max_iters (Chinchilla)
+min_lr = 6e-5  # about learning_rate / 10 (Chinchilla)
+# Processes and machine
+backend = "nccl"  # of torch.distributed on GPUs: nccl, gloo, …; CPUs use gloo
+device = "auto"  # auto, cpu, cuda, cuda:N, mps
+dtype = "auto"  # auto, float32, bfloat16, float16; auto is bfloat16 where the device computes in it
+compile = True  # compile the model with torch.compile
+seed = 1337  # of the weights, the order of the data, and dropout
+# ----------------------------------------------------------------------------------------------------------------------
+_given = configurator.configure(globals())
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import dataset as data
+import runtime
+from configurator import UserError
+from model import GPT, GPT2_MODELS, GPTConfig
+
+_ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # settings that a checkpoint decides
+_PASSING = ("out_dir", "init_from", "eval_only", "device", "wandb_log", "wandb_run_name")  # may change at every resume
+ROUND_VOCABULARY_TO = 64  # GPT-2's 50257 rows become 50304: matrix products of even sizes are faster
+
+
+def check_settings() -> None:
+    """Raises one UserError with everything that is wrong in the settings, before anything is loaded."""
+    values, world_size = globals(), int(os.environ.get("WORLD_SIZE", "1"))
+    at_least_one = ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size")
+    not_negative = ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr")
+    rules = [(values[name] >= 1, f"{name} must be at least 1, not {values[name]}") for name in at_least_one]
+    rules += [(0 <= values[k] < math.inf, f"{k} must be 0 or a positive number, not {values[k]}") for k in not_negative]
+    rules += [(0 <= values[name] < 1, f"{name} must be in [0, 1), not {values[name]}") for name in ("beta1", "beta2")]
+    rules += [(False, line) for line in GPTConfig(block_size, 1, n_layer, n_head, n_embd, dropout, bias).problems()]
+    rules += [
+        (0 < learning_rate < math.inf, f"learning_rate must be a positive number, not {learning_rate}"),
+        (
+            not decay_lr or warmup_iters != lr_decay_iters,
+            f"warmup_iters and lr_decay_iters are both {warmup_iters}, which leaves no update to decay in",
+        ),
+        (
+            gradient_accumulation_steps % world_size == 0,
+            f"gradient_accumulation_steps ({gradient_accumulation_steps}) counts over all processes, and must be a "
+            f"multiple of their number ({world_size})",
+        ),
+        (
+            init_from in ("scratch", "resume", *GPT2_MODELS) or os.path.isdir(init_from),
+            f"init_from={init_from} is not scratch, resume, {', '.join(GPT2_MODELS)}, nor a folder",
+        ),
+    ]
+    looks = [lambda: data.find(dataset), lambda: runtime.pick_dtype(dtype, runtime.pick_device(device))]
+    if init_from == "resume":
+        looks.append(lambda: checkpoint.to_use(out_dir))
+    elif not eval_only:
+        looks.append(lambda: checkpoint.prepare_folder(out_dir))
+    configurator.check(rules, looks)
+
+
+def load_model(meta: dict) -> tuple[GPT, dict]:
+    """The model that init_from asks for, on the CPU, and what else its checkpoint holds ({} where there is none)."""
+    state = {}
+    if init_from == "scratch":
+        vocab_size = meta["vocab_size"] or 50304
+        if meta["tokenizer"] and meta["tokenizer"].get("type") == "gpt2":
+            vocab_size = math.ceil(vocab_size / ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO
+        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)), state
+    if init_from == "resume":
+        state = checkpoint.load(checkpoint.to_resume(out_dir))
+        source = str(state["path"])
+        print(f"Resuming training from {source} at iteration {state['iter_num']}")
+        model = checkpoint.build_model(state, dropout)
+    else:
+        print(f"Initializing from {init_from} weights")
+        model, source = checkpoint.pretrained(init_from, dropout), init_from
+    have = dataclasses.asdict(model.config)
+    problems = [
+        f"{name} is {have[name]} in {source}, and can't be {globals()[name]}: leave it out"
+        for name in _ARCHITECTURE[1:]
+        if name in _given and globals()[name] != have[name]
+    ]
+    if "block_size" in _given and block_size > have["block_size"]:
+        problems.append(f"block_size is {have['block_size']} in {source}, and can't grow to {block_size}")
+    if state.get("tokenizer") and meta["tokenizer"] and state["tokenizer"] != meta["tokenizer"]:
+        problems.append(f"{source} was trained with another tokenizer than that of data set {dataset!r}")
+    if problems:
+        raise UserError(*problems)
+    if "block_size" in _given and block_size < have["block_size"]:
+        model.crop_block_size(block_size)
+    before = state.get("config", {})
+    for name, value in configurator.settings_of(globals()).items():
+        if name in before and name not in (*_ARCHITECTURE, *_PASSING) and before[name] != value:
+            print(f"note: {name} was {before[name]!r} in {source}, and is {value!r} from here on")
+    return model, state
+
+
+def get_lr(iteration: int) -> float:
+    """Linear warm-up, then a cosine from learning_rate down to min_lr (Loshchilov and Hutter, 2017)."""
+    if not decay_lr:
+        return learning_rate
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    if iteration > lr_decay_iters:
+        return min_lr
+    progress = (iteration - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+class Log:
+    """Figures to the terminal, to log.jsonl and, where asked for, to Weights & Biases."""
+
+    def __init__(self, path: Path | None, iter_num: int, evaluated: bool, config: dict):
+        """Without a path (another rank, or eval_only) only the terminal is written to."""
+        self.file = self.wandb = None
+        if path:
+            kept = _records_before(path, iter_num, evaluated) if path.exists() else []
+            partial = path.with_suffix(".tmp")
+            partial.write_text("".join(kept), encoding="utf-8")
+            os.replace(partial, path)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run
+            if wandb_log:
+                self.wandb = self._start_wandb(config)
+        show = path is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=max_iters, initial=iter_num, unit="iter", disable=not show, dynamic_ncols=True)
+
+    @staticmethod
+    def _start_wandb(config: dict):
+        import wandb
+
+        try:
+            return wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        except (wandb.Error, OSError) as error:
+            raise UserError(
+                f"Weights & Biases did not start ({error}): log in, set WANDB_MODE=offline, or use --wandb_log=False"
+            ) from error
+
+    def iteration(self, iter_num, loss, lr, grad_norm, seconds, tokens_per_s, mfu) -> None:
+        line = f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"
+        record = {"iter": iter_num, "loss": loss, "lr": lr, "ms": seconds * 1000, "tokens_per_s": tokens_per_s}
+        if mfu is not None:
+            line += f", mfu {mfu * 100:.2f}%"
+            record["mfu"] = mfu
+        if grad_norm is not None:
+            record["grad_norm"] = grad_norm.item()
+        self._write(f"{line}, {tokens_per_s:,.0f} tokens/s", record)
+
+    def evaluation(self, step, losses, lr, tokens) -> None:
+        line = f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        record = {"step": step, "train_loss": losses["train"], "val_loss": losses["val"], "lr": lr, "tokens": tokens}
+        self._write(line, record)
+
+    def _write(self, line: str, record: dict) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+        if self.wandb:  # nanoGPT's names
+            theirs = {"step": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}
+            self.wandb.log({theirs.get(key, key): value for key, value in record.items()})
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _records_before(path: Path, iter_num: int, evaluated: bool) -> list[str]:
+    """The lines of a log that a resumed run will not write again; a last line that was torn by a kill is left out."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            again = record["iter"] >= iter_num if "iter" in record else record["step"] >= iter_num + evaluated
+        except (ValueError, TypeError, KeyError):
+            continue
+        if not again:
+            kept.append(line + "\n")
+    return kept
+
+
+def main() -> None:
+    check_settings()
+    processes, place = runtime.start_processes(device, backend)
+    compute_dtype = runtime.pick_dtype(dtype, place)
+    autocast = runtime.autocast(place, compute_dtype)
+    stopping = []  # signals that came in: the run ends at the next iteration's border, and at once on a second one
+
+    def stop(number, frame):
+        stopping.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+    # Data, model, optimizer
+    torch.manual_seed(seed)
+    folder = data.find(dataset)
+    meta = data.load_meta(folder)
+    raw_model, state = load_model(meta)
+    model_args = dataclasses.asdict(raw_model.config)
+    T = raw_model.config.block_size
+    splits = {name: data.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
+    for split in splits.values():
+        split.check_length(T)
+    raw_model.to(place)
+    optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), place.type)
+    scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
+    if "optimizer" in state:
+        checkpoint.load_optimizer(optimizer, state)
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    iter_num, tokens_seen = state.get("iter_num", 0), state.get("tokens_seen", 0)
+    best_val_loss, evaluated = state.get("best_val_loss", math.inf), state.get("evaluated", False)
+    tokenizer_data = state.get("tokenizer") or meta["tokenizer"]
+    config = configurator.settings_of(globals()) | {name: model_args[name] for name in _ARCHITECTURE}
+    del state
+    if compile:
+        runtime.compile_model(raw_model, place)
+    model = raw_model
+    if processes.world_size > 1:
+        model = torch.nn.parallel.DistributedDataParallel(
+            raw_model, device_ids=[processes.local_rank] if place.type == "cuda" else None
+        )
+    micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
+    tokens_per_iter = gradient_accumulation_steps * batch_size * T
+    peak = runtime.peak_flops(place, compute_dtype)
+
+    def loss_of(network: torch.nn.Module, split: data.Split, starts: np.ndarray) -> torch.Tensor:
+        x, y = split.windows(starts, T)
+        if place.type == "cuda":  # from pinned memory the copy runs while the GPU computes
+            x, y = x.pin_memory(), y.pin_memory()
+        with autocast:
+            return network(x.to(place, non_blocking=True), y.to(place, non_blocking=True), return_logits=False)[1]
+
+    @torch.no_grad()
+    def estimate_loss() -> dict[str, float] | None:
+        """The mean loss over fixed windows of each split, shared out among the processes; None where told to stop."""
+        losses = {}
+        raw_model.eval()
+        for name, split in splits.items():
+            batches = min(eval_iters, math.ceil((len(split) - 1) / (batch_size * T)))
+            starts = data.evaluation_starts(len(split), T, batches * batch_size).reshape(batches, batch_size)
+            total = torch.zeros((), device=place)
+            for batch in starts[processes.rank :: processes.world_size]:
+                if stopping and processes.world_size == 1:
+                    return None
+                total += loss_of(raw_model, split, batch)
+            losses[name] = processes.sum(total).item() / batches
+        return losses
+
+    def save(*names: str) -> None:
+        contents = {
+            "model": raw_model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "model_args": model_args,
+            "iter_num": iter_num,
+            "best_val_loss": best_val_loss,
+            "config": config,
+            "tokenizer": tokenizer_data,
+            "scaler": scaler.state_dict(),
+            "tokens_seen": tokens_seen,
+            "evaluated": evaluated,
+            "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
+        }
+        for name in names:
+            checkpoint.save(Path(out_dir) / name, contents)
+
+    # Nothing has been written up to here
+    is_writing = processes.is_master and not eval_only
+    if is_writing and init_from != "resume":
+        checkpoint.set_aside(Path(out_dir))
+    if processes.is_master:
+        print(f"tokens per iteration will be: {tokens_per_iter:,}")
+        print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
+        print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
+    log = Log(Path(out_dir) / checkpoint.LOG if is_writing else None, iter_num, evaluated, config)
+    started, timed = time.perf_counter(), 0  # of the updates since the last log line or evaluation
+    while True:
+        if not evaluated and (iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only):
+            losses = estimate_loss()
+            if losses is not None:
+                improved = losses["val"] < best_val_loss
+                best_val_loss, evaluated = min(best_val_loss, losses["val"]), True
+                if processes.is_master:
+                    log.evaluation(iter_num, losses, get_lr(iter_num), tokens_seen)
+                if is_writing:
+                    print(f"saving checkpoint to {out_dir}")
+                    is_best = iter_num > 0 and (improved or always_save_checkpoint)
+                    save(*([checkpoint.BEST] if is_best else []), checkpoint.LAST)
+            started, timed = time.perf_counter(), 0
+        if iter_num >= max_iters or eval_only or stopping:
+            break
+
+        # One update: its data and its dropout depend on the seed, iter_num and the rank, and on no history
+        raw_model.train()
+        torch.manual_seed(data.mix(seed, iter_num, processes.rank))
+        lr = get_lr(iter_num)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros(2, device=place)  # the mean over all micro-batches; whether a signal came in
+        for micro_step in range(micro_steps):
+            row = (
+                iter_num * gradient_accumulation_steps + micro_step * processes.world_size + processes.rank
+            ) * batch_size
+            rows = np.arange(row, row + batch_size)
+            starts = data.training_starts(rows, len(splits["train"]), T, seed)
+            if processes.world_size > 1:  # gradients travel once an update
+                model.require_backward_grad_sync = micro_step == micro_steps - 1
+            micro_loss = loss_of(model, splits["train"], starts) / micro_steps
+            scaler.scale(micro_loss).backward()
+            loss[0] += micro_loss.detach()
+        grad_norm = None
+        if grad_clip:
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        tokens_seen += tokens_per_iter
+        timed += 1
+
+        if iter_num % log_interval == 0:
+            loss[1] = len(stopping)
+            mean_loss, stops = (processes.sum(loss) / processes.world_size).tolist()  # waits for the GPU
+            seconds = (time.perf_counter() - started) / timed
+            mfu = raw_model.estimate_mfu(
+                gradient_accumulation_steps * batch_size / processes.world_size, seconds, peak or 1
+            )
+            if not math.isfinite(mean_loss):
+                raise UserError(
+                    f"the loss is {mean_loss} at iteration {iter_num}: the run diverged. What {out_dir} holds is from "
+                    "before; lower learning_rate and resume it"
+                )
+            if processes.is_master:
+                log.iteration(
+                    iter_num, mean_loss, lr, grad_norm, seconds, tokens_per_iter / seconds, mfu if peak else None
+                )
+            if stops and not stopping:  # another rank was told
+                stopping.append(signal.SIGTERM)
+            started, timed = time.perf_counter(), 0
+        iter_num, evaluated = iter_num + 1, False
+        log.bar.update()
+
+    if stopping and is_writing and not evaluated:
+        print(
+            f"stopped by {signal.Signals(stopping[0]).name} after {iter_num} iterations, saving checkpoint to {out_dir}"
+        )
+        save(checkpoint.LAST)
+    log.close()
+    runtime.stop_processes(processes)
+
+
+if __name__ == "__main__":
+    with configurator.user_errors():
+        main()
