@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,13 @@ _NUMPY_SCALAR = [
 def save(path: Path, state: dict) -> None:
     """Writes `state` to `path` so that the path holds the old file or the new one, never a part.
 
-    Raises UserError where the disk refuses; the old file is then still there.
+    Raises UserError where the disk refuses, or a tensor is not finite; the old file is then still there.
     """
+    for name, tensor in _tensors("", state):
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"the run diverged: {name} is not finite, and {path} was left as it was; lower learning_rate and resume"
+            )
     partial = path.with_name(path.name + ".tmp")
     try:
         try:
@@ -47,6 +53,14 @@ def save(path: Path, state: dict) -> None:
             partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
+
+
+def _tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
+    if torch.is_tensor(value):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _tensors(f"{name}.{key}" if name else str(key), part)
 
 
 def _replace(partial: Path, path: Path) -> None:

@@ -57,7 +57,9 @@ def load_meta(folder: Path) -> dict:
     meta = {"vocab_size": None, "dtype": "uint16", "tokens": None, "tokenizer": None}
     try:
         if (folder / "meta.json").exists():
-            meta |= json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = {**meta, **json.loads((folder / "meta.json").read_text(encoding="utf-8"))}
+            if type(meta["vocab_size"]) not in (int, type(None)):
+                raise ValueError(f"vocab_size is {meta['vocab_size']!r}, no whole number")
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError(f"dtype is {meta['dtype']!r}, not uint16 or uint32")
         elif (folder / "meta.pkl").exists():

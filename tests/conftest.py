@@ -1,0 +1,139 @@
+"""What the tests share: a small data set, and scripts run as a person runs them."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("WANDB_MODE", "offline")
+
+# A model and a run that take a moment; a test overrides what it is about.
+TINY = {
+    "dataset": "tiny",
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": False,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "dropout": 0.1,
+    "learning_rate": 1e-2,
+    "min_lr": 1e-3,
+    "warmup_iters": 2,
+    "lr_decay_iters": 20,
+    "max_iters": 10,
+    "eval_interval": 5,
+    "eval_iters": 2,
+}
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def flags(**settings) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run("train.py", *arguments) runs a script in this process, as __main__, and returns its status and output."""
+
+    def run(script: str, *arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        code = 0
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            sys.stdout.flush()
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def train(run):
+    """train(max_iters=3, …) runs train.py on the tiny data set."""
+    return lambda **settings: run("train.py", *flags(**{**TINY, **settings}))
+
+
+@pytest.fixture
+def start():
+    """start("train.py", *arguments) starts a script as a process of its own; what still runs at the end is killed."""
+    processes = []
+
+    def start(script: str, *arguments: str, **keywords) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **keywords}
+        processes.append(subprocess.Popen(command, **keywords))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    """A folder to stand in, with data/tiny prepared: about 3,000 characters of 28 kinds."""
+    import dataset
+    from tokenizer import CharTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"line {n} of {n * n}: the quick brown fox jumps\n" for n in range(80))
+    tokenizer = CharTokenizer.train(text)
+    (tmp_path / "data" / "tiny").mkdir(parents=True)
+    ids = tokenizer.encode(text)
+    dataset.write_dataset(tmp_path / "data" / "tiny", {"train": ids[:-500], "val": ids[-500:]}, tokenizer)
+    return tmp_path
+
+
+@pytest.fixture
+def shakespeare() -> Path:
+    """tinyshakespeare.txt, from the folder that QUARTZGPT_TEST_DATA names."""
+    path = Path(os.environ.get("QUARTZGPT_TEST_DATA", "")) / "tinyshakespeare.txt"
+    if not os.environ.get("QUARTZGPT_TEST_DATA") or not path.exists():
+        pytest.skip("QUARTZGPT_TEST_DATA names no folder with tinyshakespeare.txt")
+    return path
+
+
+@pytest.fixture
+def gpt2_bpe() -> None:
+    """Skips where tiktoken can't find GPT-2's tokens."""
+    from configurator import UserError
+    from tokenizer import GPT2Tokenizer
+
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's tokens")
+    try:
+        GPT2Tokenizer()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def assert_user_error(result: Result, *words: str) -> None:
+    """Exit status 2, one line a problem on stderr, each word in it, and no traceback."""
+    assert result.code == 2, result
+    lines = [line for line in result.err.splitlines() if not line.startswith("Overriding")]
+    assert lines and all(line.startswith("error: ") for line in lines), result.err
+    for word in words:
+        assert word in result.err, f"{word!r} is not in {result.err!r}"

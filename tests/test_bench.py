@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+import pytest
+from conftest import assert_user_error, flags
+
+SMALL = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 2, "vocab_size": 40}
+SMALL |= {"device": "cpu", "compile": False, "rounds": 2, "steps": 1}
+
+
+@pytest.fixture
+def bench(tiny, run):
+    return lambda **settings: run("bench.py", *flags(**{**SMALL, **settings}))
+
+
+def test_the_last_line_is_json_with_the_ratio(bench):
+    result = bench()
+    assert result.code == 0, result.err
+    record = json.loads(result.out.splitlines()[-1])
+    assert record["mode"] == "train" and record["peer"] == "plain step" and record["ratio"] > 0
+    assert record["tokens_per_s"] > 0 and record["peer_tokens_per_s"] > 0
+
+
+def test_it_reads_real_data(bench):
+    assert bench(real_data=True, dataset="tiny").code == 0
+    assert_user_error(bench(real_data=True, dataset="tiny", vocab_size=20), "vocabulary of 20")
+
+
+def test_a_nanogpt_checkout_is_the_peer(bench, tmp_path):
+    """A stand-in for its model.py: the same names, arguments and results."""
+    (tmp_path / "nanogpt").mkdir()
+    source = (Path(__file__).resolve().parents[1] / "model.py").read_text(encoding="utf-8")
+    (tmp_path / "nanogpt" / "model.py").write_text(source, encoding="utf-8")
+    result = bench(nanogpt="nanogpt")
+    assert result.code == 0 and json.loads(result.out.splitlines()[-1])["peer"] == "nanoGPT"
+
+
+def test_profile_shows_where_the_time_goes(bench):
+    assert "aten::" in bench(profile=True).out
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mode": "drive"}, ["mode"]),
+        ({"rounds": 0, "n_embd": 0}, ["rounds", "n_embd"]),
+        ({"nanogpt": "nowhere"}, ["nowhere"]),
+        ({"real_data": True, "dataset": "nothing"}, ["'nothing'"]),
+        ({"dtype": "float16"}, ["float16"]),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_one_line_each(bench, settings, words):
+    assert_user_error(bench(**settings), *words)

@@ -1,0 +1,146 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, assert_user_error
+
+import configurator
+
+
+@pytest.fixture
+def configure(capsys, tmp_path, monkeypatch):
+    """Configures a small script's settings; returns them, or the error lines."""
+    monkeypatch.chdir(tmp_path)
+
+    def configure(*argv):
+        scope = {"rate": 0.1, "size": 4, "on": True, "name": "a", "_hidden": 1, "os": sys}
+        try:
+            given = configurator.configure(scope, list(argv))
+        except SystemExit as stop:
+            assert stop.code == 2 and scope["size"] == 4 and scope["rate"] == 0.1
+            return capsys.readouterr().err.splitlines()
+        return scope, given
+
+    return configure
+
+
+def test_arguments_and_files_apply_from_left_to_right(configure, tmp_path):
+    (tmp_path / "c.py").write_text("import time\n_half = 6\nsize = _half * 2\nname = 'from file'\nrate = 0.1\n")
+    scope, given = configure("--size=1", "c.py", "--name=x=y")
+    assert (scope["size"], scope["name"]) == (12, "x=y")
+    assert given == {"size", "name", "rate"}  # rate is given although its value is the default's
+    assert configure("c.py", "--size=1")[0]["size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "value"),
+    [
+        ("--rate=1", "rate", 1.0),
+        ("--rate=1e-3", "rate", 1e-3),
+        ("--on=False", "on", False),
+        ("--name=42", "name", "42"),
+        ("--name='42'", "name", "42"),
+        ("--name=", "name", ""),
+        ("--size=-1_000", "size", -1000),
+    ],
+)
+def test_values_keep_the_type_of_the_default(configure, argument, name, value):
+    scope, _ = configure(argument)
+    assert scope[name] == value and type(scope[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--sice=3", "'size'"),
+        ("--size=3.0", "whole number"),
+        ("--size=True", "whole number"),
+        ("--on=1", "True or False"),
+        ("--on=false", "True or False"),
+        ("--rate=fast", "a number"),
+        ("--rate=" + "9" * 400, "a number"),
+        ("--size", "--key=value"),
+        ("-size=3", "--key=value"),
+        ("--_hidden=2", "unknown"),
+        ("--os=2", "unknown"),
+        ("missing.py", "missing.py"),
+        ("--size=" + "(" * 5000, "whole number"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(configure, argument, words):
+    lines = configure("--size=9", argument)
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("sice = 3", "'size'"),
+        ("size = 'a'", "whole number"),
+        ("size = = 3", "line 1"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import nothing_of_that_name", "nothing_of_that_name"),
+        ("size = [3]", "whole number"),
+        ("sizes = [3]", "'size'"),
+        ("\0", "c.py"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line(configure, tmp_path, source, words):
+    (tmp_path / "c.py").write_text(source + "\n")
+    lines = configure("c.py")
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0] and "c.py" in lines[0]
+
+
+def test_a_config_file_that_is_no_text_is_one_line(configure, tmp_path):
+    (tmp_path / "c.py").write_bytes(b"size = '\xff\xfe'\n")
+    assert len(configure("c.py")) == 1
+    assert len(configure(str(tmp_path))) == 1  # a folder
+
+
+def test_all_mistakes_are_reported_at_once(configure, tmp_path):
+    (tmp_path / "c.py").write_text("foo = 1\nbar = 2\n")
+    assert len(configure("--sise=1", "c.py", "--on=2")) == 4
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+def test_every_setting_has_a_help_text_and_help_needs_no_torch(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    result = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.startswith("  --")]
+    assert len(rows) > 10
+    assert all(row.split(")  ", 1)[-1].strip() for row in rows) and all(")  " in row for row in rows)
+
+
+def test_a_bug_raises():
+    with pytest.raises(ZeroDivisionError), configurator.user_errors():
+        1 / 0  # noqa: B018
+
+
+def test_error_lines_hold_no_line_breaks(capsys):
+    with pytest.raises(SystemExit), configurator.user_errors():
+        raise configurator.UserError("one\n  line", "two")
+    assert capsys.readouterr().err == "error: one line\nerror: two\n"
+
+
+NANOGPT_TRAIN = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
+    wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout
+    bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
+    device dtype compile"""
+NANOGPT_SAMPLE = """init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile"""
+
+
+@pytest.mark.parametrize(("script", "names"), [("train.py", NANOGPT_TRAIN), ("sample.py", NANOGPT_SAMPLE)])
+def test_every_setting_of_nanogpt_is_there(run, script, names):
+    result = run(script, "--help")
+    assert all(f"--{name}=" in result.out for name in names.split())
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "config").glob("*.py")))
+def test_every_preset_sets_only_settings_that_exist(run, preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("train.py", ROOT / "config" / preset, "--dataset=missing", "--init_from=scratch", "--device=cpu")
+    assert_user_error(result, "'missing' is not prepared")
+    assert result.err.count("error:") == 1

@@ -1,0 +1,234 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import dataset
+from configurator import UserError
+from dataset import Split, evaluation_starts, training_starts
+from tokenizer import CharTokenizer
+
+META = {"dtype": "uint16", "tokens": None}
+
+
+def starts_of_epoch(epoch, n_tokens, block_size, seed=0):
+    n_windows = max(1, (n_tokens - block_size) // block_size)
+    return training_starts(np.arange(epoch * n_windows, (epoch + 1) * n_windows), n_tokens, block_size, seed)
+
+
+@pytest.mark.parametrize(("n_tokens", "block_size"), [(9, 8), (16, 8), (17, 8), (1000, 7), (4097, 1), (100_000, 64)])
+def test_an_epoch_visits_every_window_once(n_tokens, block_size):
+    shifts = set()
+    for epoch in range(3):
+        starts = starts_of_epoch(epoch, n_tokens, block_size)
+        assert starts.min() >= 0 and starts.max() + block_size + 1 <= n_tokens
+        assert len(np.unique(starts)) == len(starts)
+        assert len(np.unique(starts % block_size)) == 1  # windows lie side by side, none overlap
+        assert len(starts) * block_size >= n_tokens - 2 * block_size or len(starts) == 1
+        shifts.add(int(starts[0] % block_size))
+    if block_size > 50:
+        assert len(shifts) > 1, "the boundaries shift from epoch to epoch"
+
+
+def test_every_token_is_a_target_within_some_epochs():
+    seen = np.zeros(40, dtype=bool)
+    for epoch in range(60):
+        for start in starts_of_epoch(epoch, 40, 8):
+            seen[start + 1 : start + 9] = True
+    assert seen[1:].all()
+
+
+def test_rows_depend_on_seed_and_number_alone():
+    together = training_starts(np.arange(500), 1000, 7, seed=3)
+    assert np.array_equal(together[123:130], training_starts(np.arange(123, 130), 1000, 7, seed=3))
+    assert np.array_equal(together[::-1], training_starts(np.arange(500)[::-1], 1000, 7, seed=3))
+    assert not np.array_equal(together, training_starts(np.arange(500), 1000, 7, seed=4))
+
+
+def test_the_order_is_fixed_for_ever():
+    """A change of these numbers would break every run that is resumed with a newer version."""
+    assert dataset.mix(0) == 0xE220A8397B1DCDAF  # splitmix64's published first number
+    assert training_starts(np.arange(4), 1_003_854, 64, 1337).tolist() == [961628, 180444, 85020, 843868]
+    assert training_starts(np.arange(10**6, 10**6 + 2), 1_003_854, 64, 1337).tolist() == [953717, 115573]
+
+
+def test_the_order_looks_random():
+    starts = starts_of_epoch(0, 64 * 10_001, 64) // 64
+    n = len(starts)
+    assert abs(np.corrcoef(starts[:-1], starts[1:])[0, 1]) < 5 / np.sqrt(n)
+    assert abs(np.corrcoef(np.arange(n), starts)[0, 1]) < 5 / np.sqrt(n)
+    next_door = (np.abs(np.diff(starts)) == 1).sum()
+    assert next_door < 20  # 2 are to be expected
+
+
+def test_large_data_costs_no_more():
+    starts = training_starts(np.array([0, 10**9, 10**12]), 10**12, 1024, 1)
+    assert starts.max() < 10**12 - 1024 and len(set(starts.tolist())) == 3
+
+
+def test_evaluation_windows_span_the_split_evenly():
+    starts = evaluation_starts(1001, 10, 21)
+    assert starts[0] == 0 and starts[-1] == 990 and set(np.diff(starts)) <= {49, 50}
+    assert evaluation_starts(11, 10, 3).tolist() == [0, 0, 0]
+
+
+def write(folder, name, tokens, dtype="<u2", header=None):
+    folder.mkdir(exist_ok=True)
+    with open(folder / name, "wb") as file:
+        if header is not None:
+            np.array(header + [0] * (256 - len(header)), dtype="<i4").tofile(file)
+        np.array(tokens, dtype=dtype).tofile(file)
+
+
+def test_shards_read_as_one_row_of_tokens(tmp_path):
+    write(tmp_path, "train_000.bin", range(5))
+    write(tmp_path, "train_001.bin", range(5, 7), header=[20240520, 1, 2])
+    write(tmp_path, "train_002.bin", range(7, 20))
+    split = Split(tmp_path, "train", META)
+    assert len(split) == 20
+    for start in range(20):
+        for count in range(21 - start):
+            assert split.read(start, count).tolist() == list(range(start, start + count))
+    x, y = split.windows(np.array([3, 0]), 8)
+    assert x.dtype == y.dtype == torch.int64
+    assert x.tolist() == [list(range(3, 11)), list(range(8))] and y.tolist() == [list(range(4, 12)), list(range(1, 9))]
+
+
+def test_uint32_where_the_meta_says_so(tmp_path):
+    write(tmp_path, "train.bin", [70000, 1, 2], dtype="<u4")
+    assert Split(tmp_path, "train", {"dtype": "uint32", "tokens": None}).read(0, 3).tolist() == [70000, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("write_it", "words"),
+    [
+        (lambda folder: None, "missing"),
+        (lambda folder: (folder / "train.bin").write_bytes(b""), "empty"),
+        (lambda folder: (folder / "train.bin").write_bytes(b"abc"), "truncated"),
+        (lambda folder: write(folder, "train.bin", [1, 2], header=[20240520, 1, 3]), "header says 3"),
+        (lambda folder: write(folder, "train.bin", [1, 99]), "token id 99"),
+        (lambda folder: (folder / "train.bin").mkdir(), "can't be read"),
+    ],
+)
+def test_a_broken_shard_is_named(tmp_path, write_it, words):
+    write_it(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        Split(tmp_path, "train", META, vocab_size=50)
+    assert "train" in str(error.value) and len(error.value.problems) == 1
+
+
+def test_a_shard_that_holds_other_than_its_count_is_named(tmp_path):
+    write(tmp_path, "train.bin", [1, 2])
+    with pytest.raises(UserError, match="prepare it again"):
+        Split(tmp_path, "train", {"dtype": "uint16", "tokens": {"train": 3}})
+
+
+def test_ids_beyond_the_vocabulary_are_found_in_the_batch_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SCAN_TOKENS", 4)
+    write(tmp_path, "train.bin", [1, 2, 3, 4, 60, 5])
+    split = Split(tmp_path, "train", META, vocab_size=50)
+    split.windows(np.array([0]), 3)
+    with pytest.raises(UserError, match="token id 60"):
+        split.windows(np.array([2]), 3)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (eval, ("open('bomb', 'w')",))
+
+
+def test_a_meta_pkl_that_hides_code_does_not_run_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": Bomb(), "stoi": {}}))
+    with pytest.raises(UserError, match="meta file"):
+        dataset.load_meta(tmp_path)
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_nanogpts_meta_is_read(tmp_path):
+    itos = {0: "\n", 1: "a", 2: "b"}
+    theirs = {"vocab_size": 3, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(theirs))
+    meta = dataset.load_meta(tmp_path)
+    assert meta["vocab_size"] == 3 and meta["tokenizer"] == {"type": "char", "chars": ["\n", "a", "b"]}
+    (tmp_path / "meta.pkl").unlink()
+    assert dataset.load_meta(tmp_path)["tokenizer"] == {"type": "gpt2"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"dtype": "float32"}', '{"vocab_size": "9"}', "\xff"])
+def test_a_broken_meta_json_is_one_problem(tmp_path, text):
+    (tmp_path / "meta.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="meta file"):
+        dataset.load_meta(tmp_path)
+
+
+def test_a_data_set_reads_back_as_written_here_and_by_nanogpt(tmp_path):
+    tokenizer = CharTokenizer.train("abc\n")
+    dataset.write_dataset(tmp_path, {"train": [1, 2, 3], "val": [0]}, tokenizer)
+    meta = dataset.load_meta(tmp_path)
+    assert meta["tokens"] == {"train": 3, "val": 1} and meta["vocab_size"] == 4
+    assert Split(tmp_path, "train", meta).read(0, 3).tolist() == [1, 2, 3]
+    theirs = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    assert theirs == {"vocab_size": 4, "itos": dict(enumerate("\nabc")), "stoi": {c: i for i, c in enumerate("\nabc")}}
+    assert np.fromfile(tmp_path / "train.bin", dtype=np.uint16).tolist() == [1, 2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
+
+
+def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    """Stopped at each of its steps, over an older data set, it leaves the old one whole or none at all."""
+    import os
+
+    old, new = CharTokenizer.train("ab"), CharTokenizer.train("abcd")
+    for stop_at in range(1, 12):
+        folder = tmp_path / "data" / str(stop_at)
+        folder.mkdir(parents=True)
+        dataset.write_dataset(folder, {"train": [0, 1], "val": [1]}, old)
+        steps = []
+
+        def step(do, steps=steps, stop_at=stop_at):
+            def wrapped(*arguments):
+                steps.append(do)
+                if len(steps) == stop_at:
+                    raise KeyboardInterrupt
+                return do(*arguments)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", step(os.fsync))
+            patch.setattr(os, "replace", step(os.replace))
+            finished = False
+            try:
+                dataset.write_dataset(folder, {"train": [3, 2, 3], "val": [2]}, new)
+                finished = True
+            except KeyboardInterrupt:
+                pass
+        patch.undo()
+        monkeypatch.chdir(tmp_path)
+        try:
+            dataset.find(str(stop_at))
+        except UserError:
+            assert not finished
+            continue
+        meta = dataset.load_meta(folder)
+        tokens = [Split(folder, name, meta, meta["vocab_size"]).read(0, 1).tolist() for name in ("train", "val")]
+        assert tokens == ([[3], [2]] if finished else [[0], [1]])
+        assert meta["vocab_size"] == (4 if finished else 2)
+    assert finished, "more stops than steps: every step was stopped at"
+
+
+def test_a_data_set_that_is_missing_is_one_problem_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine" / "prepare.py").touch()
+    with pytest.raises(UserError, match=r"run: python data/mine/prepare\.py"):
+        dataset.find("mine")
+    with pytest.raises(UserError, match="shakespeare_char"):
+        dataset.find("nothing")
+
+
+def test_json_meta_is_plain(tmp_path):
+    dataset.write_dataset(tmp_path, {"train": [0], "val": [0]}, CharTokenizer.train("é"))
+    assert json.loads((tmp_path / "meta.json").read_text())["tokenizer"] == {"type": "char", "chars": ["é"]}

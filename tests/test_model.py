@@ -1,0 +1,338 @@
+import json
+import math
+
+import nanogpt
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_module
+from model import GPT, GPTConfig, KVCache, draw
+
+SHAPE = {"block_size": 32, "vocab_size": 101, "n_layer": 3, "n_head": 4, "n_embd": 64}
+
+
+def make(seed=0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**SHAPE, **changes})).eval()
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sharpened(model: GPT) -> GPT:
+    """Larger weights: the logits differ by units, as a trained model's do, not by hundredths."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+def as_transformers(model: GPT):
+    """The same weights in transformers' GPT2LMHeadModel."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        )
+    )  # fmt: skip
+    state = theirs.state_dict()
+    for name, tensor in model.state_dict().items():
+        state[name] = tensor.t() if name.endswith(model_module.GPT2_TRANSPOSED) else tensor
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def test_logits_are_those_of_transformers():
+    ours = sharpened(make())
+    theirs = as_transformers(ours).eval()
+    idx = tokens(3, 32)
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert expected.std() > 1
+        torch.testing.assert_close(ours(idx, idx)[0], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(idx)[0], expected[:, -1:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_are_those_of_an_independent_implementation(bias):
+    ours = sharpened(make(bias=bias))
+    reference = nanogpt.Reference(**SHAPE, bias=bias)
+    reference.load_state_dict(ours.state_dict())
+    idx = tokens(2, 32)
+    torch.testing.assert_close(ours(idx, idx)[0], reference(idx), atol=1e-4, rtol=0)
+
+
+def test_twenty_adamw_steps_lose_what_transformers_loses():
+    ours, losses = make().train(), []
+    theirs = as_transformers(ours).train()
+    optimizer = ours.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    decay = [p for p in theirs.parameters() if p.dim() >= 2]
+    rest = [p for p in theirs.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    their_optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    for step in range(20):
+        idx = tokens(4, 33, seed=step)
+        x, y = idx[:, :-1], idx[:, 1:]
+        loss = ours(x, y, return_logits=False)[1]
+        their_loss = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+        for value, opt in ((loss, optimizer), (their_loss, their_optimizer)):
+            value.backward()
+            opt.step()
+            opt.zero_grad()
+        losses.append((loss.item(), their_loss.item()))
+    assert losses[0][0] != losses[-1][0]
+    assert max(abs(a - b) for a, b in losses) < 1e-4
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunked_loss_has_the_loss_and_gradients_of_the_plain_one(monkeypatch, autocast):
+    model, x, y = make().train(), tokens(3, 32), tokens(3, 32, seed=2)
+    y[0, 5:20] = -1
+
+    def loss_and_gradients(chunk, **keywords):
+        monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", chunk)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(x, y, **keywords)[1]
+        (loss * 3).backward()
+        return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+    plain, plain_gradients = loss_and_gradients(2**25)
+    # 101 logits a row: 10 chunks of 10 rows, the last one short
+    chunked, chunked_gradients = loss_and_gradients(1010, return_logits=False)
+    assert chunked == pytest.approx(plain, abs=2e-3 if autocast else 1e-6)
+    for a, b in zip(plain_gradients, chunked_gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2 if autocast else 1e-6, rtol=5e-2 if autocast else 1e-4)
+
+
+def test_the_chunked_loss_never_holds_all_logits(monkeypatch):
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", 1010)
+    seen = []
+    plain = F.linear
+    monkeypatch.setattr(model_module.F, "linear", lambda x, w: seen.append(x.size(0)) or plain(x, w))
+    hidden, weight = torch.randn(96, 64, requires_grad=True), torch.randn(101, 64, requires_grad=True)
+    model_module.cross_entropy(hidden, weight, tokens(96)).backward()
+    assert max(seen) == 10 and sum(seen) == 96
+
+
+def full_forward(model: GPT, idx: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy text by a full forward pass for each token, over the context that generate() states."""
+    size, start = model.config.block_size, max(0, idx.size(1) - model.config.block_size)
+    for _ in range(count):
+        if idx.size(1) - start > size:
+            start = idx.size(1) - max(1, size // 2)
+        logits, _ = model(idx[:, start:])
+        idx = torch.cat((idx, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("prompt", [1, 7, 32, 40])
+def test_greedy_cached_text_is_that_of_the_full_forward_pass(batch, prompt):
+    model = sharpened(make())
+    idx = tokens(batch, prompt)
+    assert torch.equal(model.generate(idx, 100, temperature=0), full_forward(model, idx, 100))
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_the_shortest_contexts_generate_too(block_size):
+    model = sharpened(make(block_size=block_size))
+    assert torch.equal(model.generate(tokens(2, 4), 9, temperature=0), full_forward(model, tokens(2, 4), 9))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_cached_logits_agree_with_the_full_forward_pass(dtype, tolerance):
+    model = sharpened(make()).to(dtype)
+    idx = tokens(3, 32)
+    with torch.no_grad():
+        expected = model(idx, idx)[0]
+        cache = KVCache(model.config, 3, idx.device, dtype)
+        steps = [model._hidden(idx[:, :9], cache)] + [model._hidden(idx[:, t : t + 1], cache) for t in range(9, 32)]
+        logits = model.lm_head(torch.cat(steps, dim=1))
+    assert expected.std() > 1
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
+
+
+def test_a_row_is_the_same_text_whatever_the_other_rows_are():
+    model = sharpened(make())
+    idx = tokens(1, 4).repeat(4, 1)
+    together = model.generate(idx, 50, top_k=20, seeds=[7, 8, 9, 10])
+    alone = model.generate(idx[:1], 50, top_k=20, seeds=[9])
+    assert torch.equal(together[2:3], alone)
+    assert not torch.equal(together[0], together[1])
+    shorter = model.generate(idx[:1], 20, top_k=20, seeds=[9])
+    assert torch.equal(shorter, alone[:, :24])
+
+
+def test_generation_leaves_the_model_in_its_mode_and_follows_torchs_generator():
+    model = make(dropout=0.5).train()
+    torch.manual_seed(3)
+    first = model.generate(tokens(2, 3), 20)
+    assert model.training
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(tokens(2, 3), 20), first)
+    torch.manual_seed(4)
+    assert not torch.equal(model.generate(tokens(2, 3), 20), first)
+
+
+def test_padding_rows_of_the_vocabulary_are_never_drawn():
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[90:] = model.lm_head.weight[:11] * 1.5
+    assert model.generate(tokens(20, 1) % 90, 40, temperature=2.0).max() >= 90
+    assert model.generate(tokens(20, 1) % 90, 40, temperature=2.0, vocab_size=90).max() < 90
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_softmax():
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -math.inf]])
+    uniform = (torch.arange(20000) + 0.5) / 20000
+
+    def shares(temperature, top_k):
+        drawn = draw(logits.expand(20000, 5), temperature, top_k, uniform)
+        return torch.bincount(drawn, minlength=5) / 20000
+
+    torch.testing.assert_close(shares(1.0, None), logits[0].softmax(0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(shares(0.5, 0), (logits[0] / 0.5).softmax(0), atol=1e-3, rtol=0)
+    kept = torch.tensor([1.0, -math.inf, -math.inf, 2.0, -math.inf]).softmax(0)
+    torch.testing.assert_close(shares(1.0, 2), kept, atol=1e-3, rtol=0)
+    assert shares(1e-30, None)[3] == 1 and shares(0, None)[3] == 1
+    edge = torch.tensor([0.0, 1 - 2**-24])
+    assert draw(logits.expand(2, 5), 1.0, 99, edge).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}]
+)
+def test_generation_settings_out_of_range_are_refused(keywords):
+    with pytest.raises(ValueError, match=next(iter(keywords))):
+        make().generate(tokens(1, 1), 1, **keywords)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt"):
+        make().generate(tokens(1, 0), 1)
+
+
+def test_parameters_are_counted_as_gpt2_counts_them():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert model.get_num_params(non_embedding=False) == 124_439_808
+    assert model.get_num_params() == 124_439_808 - 1024 * 768
+
+
+def test_weights_start_as_gpt2s_do():
+    model = make(n_embd=256, n_layer=8)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            assert torch.equal(parameter, torch.full_like(parameter, float("ln" in name and name.endswith("weight"))))
+        else:
+            expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_every_parameter_is_in_one_group_of_the_optimizer():
+    model = make()
+    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.dim() >= 2 for p in groups[0]["params"]) and all(p.dim() < 2 for p in groups[1]["params"])
+
+
+def test_a_cropped_model_computes_what_the_whole_one_does():
+    model, idx = make(), tokens(2, 8)
+    before = model(idx, idx)[0]
+    model.crop_block_size(8)
+    torch.testing.assert_close(model(idx, idx)[0], before)
+    with pytest.raises(ValueError, match="block_size 8"):
+        model(tokens(1, 9))
+    with pytest.raises(ValueError, match="block_size"):
+        model.crop_block_size(9)
+
+
+def test_mfu_is_flops_over_peak():
+    model = make()
+    n, c = model.get_num_params(), model.config
+    flops = (6 * n + 12 * c.n_layer * c.n_embd * c.block_size) * c.block_size * 10
+    assert model.estimate_mfu(10, 0.5) == pytest.approx(flops / 0.5 / 312e12)
+    assert model.estimate_mfu(10, 0.5, peak_flops=1e12) == pytest.approx(flops / 0.5 / 1e12)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_head": 3}, {"n_layer": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"block_size": 0}, {"n_head": 0}]
+)
+def test_a_network_that_cannot_be_is_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        make(**changes)
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    """A folder as transformers saves it, and the model in it."""
+    ours = sharpened(make())
+    theirs = as_transformers(ours)
+    theirs.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2", theirs.eval()
+
+
+def test_pretrained_weights_come_from_a_folder(gpt2_folder, monkeypatch):
+    pytest.importorskip("safetensors")
+    folder, theirs = gpt2_folder
+    idx = tokens(2, 32)
+    monkeypatch.chdir(folder.parent)
+    for name in ("gpt2", str(folder)):  # a folder of the model's name goes before the hub
+        model = GPT.from_pretrained(name, {"dropout": 0.25}).eval()
+        assert model.config.dropout == 0.25
+        torch.testing.assert_close(model(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_a_folder_that_is_no_gpt2_is_refused_by_name(gpt2_folder):
+    pytest.importorskip("safetensors")
+    folder, _ = gpt2_folder
+    config = json.loads((folder / "config.json").read_text())
+    cases = [({"model_type": "llama"}, "llama"), ({"activation_function": "relu"}, "relu"), ({"n_embd": 32}, "weights")]
+    for change, words in cases:
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=words):
+            GPT.from_pretrained(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        GPT.from_pretrained(str(folder))
+    with pytest.raises(ValueError, match="gpt2-xl"):
+        GPT.from_pretrained("gpt3")
+    with pytest.raises(ValueError, match="n_layer"):
+        GPT.from_pretrained(str(folder), {"n_layer": 2})
+
+
+def test_a_download_asks_the_hub_for_the_two_files(gpt2_folder, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    folder, _ = gpt2_folder
+    asked = []
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repo, file: asked.append((repo, file)) or str(folder / file))
+    monkeypatch.chdir(folder)  # where no folder is called gpt2-medium
+    GPT.from_pretrained("gpt2-medium")
+    assert asked == [("openai-community/gpt2-medium", name) for name in ("config.json", "model.safetensors")]
+
+    def fail(repo, file):
+        raise ConnectionError
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(OSError, match="gpt2-large could not be downloaded"):
+        GPT.from_pretrained("gpt2-large")
+
+
+def test_model_py_stands_alone(tmp_path):
+    """One file, torch and the standard library: copied elsewhere, it works."""
+    import shutil
+    import subprocess
+    import sys
+
+    shutil.copy(model_module.__file__, tmp_path / "model.py")
+    code = "import model, sys; m = model.GPT(model.GPTConfig(8, 9, 1, 1, 8)); print('configurator' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr

@@ -1,0 +1,157 @@
+import http.server
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_user_error
+
+import dataset
+import tokenizer
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the data folders' scripts, so that a test does not prepare data in the project itself."""
+    for script in (ROOT / "data").glob("*/prepare.py"):
+        (tmp_path / "data" / script.parent.name).mkdir(parents=True)
+        shutil.copy(script, tmp_path / "data" / script.parent.name / "prepare.py")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def prepare(project, run):
+    """prepare("shakespeare_char", *arguments) runs that data set's script."""
+    return lambda name, *arguments: run(str(project / "data" / name / "prepare.py"), *arguments)
+
+
+def read(folder, split):
+    meta = dataset.load_meta(folder)
+    tokens = dataset.Split(folder, split, meta, meta["vocab_size"])
+    return tokens.read(0, len(tokens)), tokenizer.from_data(meta["tokenizer"])
+
+
+def test_tiny_shakespeare_in_characters(project, prepare, shakespeare):
+    result = prepare("shakespeare_char", f"--source={shakespeare}")
+    assert result.code == 0, result.err
+    assert "vocab size: 65" in result.out
+    assert "train has 1,003,854 tokens" in result.out and "val has 111,540 tokens" in result.out
+    folder = project / "data" / "shakespeare_char"
+    train, characters = read(folder, "train")
+    val, _ = read(folder, "val")
+    assert (len(train), len(val), characters.vocab_size) == (1_003_854, 111_540, 65)
+    text = shakespeare.read_text(encoding="utf-8")
+    assert characters.decode(train[:5000].tolist()) == text[:5000]
+    assert characters.decode(val[-5000:].tolist()) == text[-5000:]
+
+
+def test_tiny_shakespeare_in_gpt2_tokens(project, prepare, shakespeare, gpt2_bpe):
+    result = prepare("shakespeare", f"--source={shakespeare}")
+    assert result.code == 0, result.err
+    train, bpe = read(project / "data" / "shakespeare", "train")
+    val, _ = read(project / "data" / "shakespeare", "val")
+    assert (len(train), len(val)) == (301_966, 36_059)
+    text = shakespeare.read_text(encoding="utf-8")
+    assert bpe.decode(train.tolist()) + bpe.decode(val.tolist()) == text
+
+
+def test_the_standard_library_is_a_data_set(project, prepare):
+    result = prepare("pystdlib_char")
+    assert result.code == 0, result.err
+    train, characters = read(project / "data" / "pystdlib_char", "train")
+    val, _ = read(project / "data" / "pystdlib_char", "val")
+    assert len(train) > 3_000_000 and len(val) == pytest.approx(len(train) / 9, rel=0.01)
+    assert all(char.isascii() for char in characters.chars)
+    text = characters.decode(train.tolist())
+    assert "\nimport " in text and "def __init__(self" in text and "\r\n" not in text
+    assert text.count("self.assertEqual(") < 200  # the tests, which hold tens of thousands, are left out
+    first = (project / "data" / "pystdlib_char" / "train.bin").read_bytes()
+    prepare("pystdlib_char")
+    assert (project / "data" / "pystdlib_char" / "train.bin").read_bytes() == first
+
+
+def test_any_folder_of_python_files_is_a_data_set(project, prepare):
+    sources = project / "src" / "tests"
+    sources.mkdir(parents=True)
+    (sources / "test_a.py").write_text("left out")
+    (sources.parent / "a.py").write_bytes(b"print('a')\r\n" * 20)
+    (sources.parent / "b.py").write_bytes("print('é')\n".encode() * 20)
+    result = prepare("pystdlib_char", f"--source={sources.parent}")
+    assert result.code == 0, result.err
+    train, characters = read(project / "data" / "pystdlib_char", "train")
+    val, _ = read(project / "data" / "pystdlib_char", "val")
+    assert characters.decode([*train.tolist(), *val.tolist()]) == "print('a')\n" * 20
+
+
+@pytest.fixture
+def server():
+    """A local web server that serves what a test puts in its dict: (status, body, claimed length)."""
+    pages = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body, length = pages.get(self.path, (404, b"", 0))
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield pages, f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_the_text_is_downloaded_once(project, prepare, server):
+    pages, address = server
+    text = ("First Citizen:\nSpeak.\n" * 30).encode()
+    pages["/input.txt"] = (200, text, len(text))
+    result = prepare("shakespeare_char", f"--url={address}/input.txt")
+    assert result.code == 0, result.err
+    assert (project / "data" / "shakespeare_char" / "input.txt").read_bytes() == text
+    pages.clear()
+    assert prepare("shakespeare_char", f"--url={address}/input.txt").code == 0
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
+@pytest.mark.parametrize("page", [(404, b"", 0), (200, b"Speak.\n" * 9, 500), (500, b"", 0), None])
+def test_a_failed_download_is_one_line_that_names_source(project, prepare, server, name, page):
+    pages, address = server
+    pages["/input.txt"] = page
+    url = f"{address}/input.txt" if page else "http://127.0.0.1:9/input.txt"
+    result = prepare(name, f"--url={url}")
+    assert_user_error(result, "--source=FILE", url)
+    assert result.err.count("error:") == 1
+    assert [path.name for path in (project / "data" / name).iterdir() if path.suffix != ".tmp"] == ["prepare.py"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "can't be read"), (b"", "no text"), (b" \n\n", "no text"), (b"ab\xff\xfecd", "byte 2 is 0xff")],
+)
+def test_a_source_that_is_no_text_is_one_line(project, prepare, content, words):
+    if content is not None:
+        (project / "mine.txt").write_bytes(content)
+    before = prepare("shakespeare_char", f"--source={project / 'mine.txt'}")
+    assert_user_error(before, "mine.txt", words)
+    assert not (project / "data" / "shakespeare_char" / "train.bin").exists()
+
+
+def test_an_empty_folder_and_an_unknown_key_are_one_line(project, prepare):
+    (project / "empty").mkdir()
+    assert_user_error(prepare("pystdlib_char", "--source=empty"), "--source=FOLDER")
+    assert_user_error(prepare("pystdlib_char", "--sorce=empty"), "'source'")
+    assert_user_error(prepare("pystdlib_char", "--source=nowhere"), "nowhere")
+
+
+def test_meta_counts_the_tokens(project, prepare):
+    (project / "mine.txt").write_text("abcdefghij" * 10)
+    prepare("shakespeare_char", f"--source={project / 'mine.txt'}")
+    meta = json.loads((project / "data" / "shakespeare_char" / "meta.json").read_text())
+    assert meta["tokens"] == {"train": 90, "val": 10} and meta["vocab_size"] == 10 and meta["dtype"] == "uint16"
+    assert np.fromfile(project / "data" / "shakespeare_char" / "val.bin", "<u2").tolist() == list(range(10))

@@ -1,0 +1,451 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import nanogpt
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_user_error, flags
+
+import checkpoint
+import dataset
+import model as model_module
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints' values are equal, tensors to the bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def records(out_dir) -> list[dict]:
+    """The log without what a clock decides."""
+    lines = (out_dir / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("ms", "tokens_per_s")} for line in lines]
+
+
+def assert_same_run(a, b):
+    for name in ("model", "optimizer", "iter_num", "best_val_loss", "tokens_seen", "evaluated"):
+        assert same(load(a / "last.pt")[name], load(b / "last.pt")[name]), name
+    assert records(a) == records(b)
+
+
+@pytest.fixture
+def undisturbed(tiny, train):
+    assert train(out_dir="whole", max_iters=12).code == 0
+    return tiny / "whole"
+
+
+def test_a_run_learns_and_reports(tiny, train):
+    result = train(max_iters=30, eval_interval=10, n_embd=32, dropout=0.0)
+    assert result.code == 0, result.err
+    steps = re.findall(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)$", result.out, re.M)
+    assert [int(step) for step, _, _ in steps] == [0, 10, 20, 30]
+    assert float(steps[-1][2]) < float(steps[0][2]) - 0.5
+    lines = re.findall(r"^iter (\d+): loss [\d.]+, time [\d.]+ms, [\d,]+ tokens/s$", result.out, re.M)
+    assert [int(n) for n in lines] == list(range(30))
+    kept = records(tiny / "out")
+    assert [r["iter"] for r in kept if "iter" in r] == list(range(30))
+    assert [r["step"] for r in kept if "step" in r] == [0, 10, 20, 30]
+    assert all({"loss", "lr", "grad_norm"} <= r.keys() for r in kept if "iter" in r)
+
+
+def test_max_iters_updates_are_made_and_the_last_is_evaluated_and_saved(tiny, train):
+    result = train(max_iters=7, eval_interval=5)
+    assert re.findall(r"^step (\d+)", result.out, re.M) == ["0", "5", "7"]
+    for name in ("ckpt.pt", "last.pt"):
+        state = load(tiny / "out" / name)
+        assert state["iter_num"] == 7
+        assert all(moments["step"] == 7 for moments in state["optimizer"]["state"].values())
+    assert state["tokens_seen"] == 7 * 4 * 2 * 16
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 11])
+def test_a_run_stopped_by_sigterm_and_resumed_is_the_undisturbed_run(tiny, train, undisturbed, monkeypatch, stop_at):
+    plain, calls = dataset.training_starts, []
+
+    def stop(rows, *arguments):
+        calls.append(rows)
+        if len(calls) == 2 * stop_at:  # two micro-batches an update
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(rows, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "training_starts", stop)
+        result = train(out_dir="cut", max_iters=12)
+    assert result.code == 0 and "Traceback" not in result.err, result.err
+    assert load(tiny / "cut" / "last.pt")["iter_num"] == stop_at
+    assert "stopped by SIGTERM" in result.out
+    assert train(out_dir="cut", max_iters=12, init_from="resume").code == 0
+    assert_same_run(tiny / "cut", undisturbed)
+
+
+def test_evaluation_changes_nothing_in_training(tiny, train, undisturbed):
+    train(out_dir="often", max_iters=12, eval_interval=1, eval_iters=7)
+    for name in ("model", "optimizer"):
+        assert same(load(tiny / "often" / "last.pt")[name], load(undisturbed / "last.pt")[name])
+    ours, theirs = ([r for r in records(folder) if "iter" in r] for folder in (tiny / "often", undisturbed))
+    assert ours == theirs
+
+
+def test_a_signal_during_evaluation_stops_it_and_the_resumed_run_is_the_same(tiny, train, undisturbed, monkeypatch):
+    plain, calls = dataset.Split.windows, []
+
+    def stop(self, starts, block_size):
+        calls.append(self.name)
+        if len(calls) == 2 * 2 + 5 * 2 + 1:  # in the evaluation after 5 updates
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, starts, block_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.Split, "windows", stop)
+        assert train(out_dir="cut", max_iters=12).code == 0
+    assert load(tiny / "cut" / "last.pt")["evaluated"] is False
+    assert train(out_dir="cut", max_iters=12, init_from="resume").code == 0
+    assert_same_run(tiny / "cut", undisturbed)
+
+
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(tiny, train, start):
+    """SIGKILL, again and again, some of them inside a save: the disk is always readable, and the end the same."""
+    settings = {**TINY, "max_iters": 500, "eval_interval": 2, "eval_iters": 1, "lr_decay_iters": 500}
+    train(**{**settings, "out_dir": "whole"})
+    delays = (0.02, 0.2, 0.1, 0.0, 0.05)
+    for turn, delay in enumerate(delays):
+        mode = "resume" if (tiny / "out" / "last.pt").exists() else "scratch"
+        process = start("train.py", *flags(**settings, init_from=mode), cwd=tiny)
+        before = load(tiny / "out" / "last.pt")["iter_num"] if mode == "resume" else -1
+        deadline = time.time() + 60
+        while time.time() < deadline and process.poll() is None:  # until it has saved something new
+            if (tiny / "out" / "last.pt").exists() and load(tiny / "out" / "last.pt")["iter_num"] > before:
+                break
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        assert checkpoint.load(tiny / "out" / "last.pt")["iter_num"] > before, (turn, process.stderr.read())
+    assert train(**settings, init_from="resume").code == 0
+    assert_same_run(tiny / "out", tiny / "whole")
+    assert not list((tiny / "out").glob("*.tmp"))
+
+
+def test_a_resumed_log_repeats_nothing_and_drops_a_torn_line(tiny, train):
+    train(max_iters=5)
+    with open(tiny / "out" / "log.jsonl", "a") as log:
+        log.write('{"iter": 5, "loss": 1.0}\n{"iter": 6, "lo')
+    train(max_iters=10, init_from="resume")
+    assert [r["iter"] for r in records(tiny / "out") if "iter" in r] == list(range(10))
+    assert [r["step"] for r in records(tiny / "out") if "step" in r] == [0, 5, 10]
+
+
+def test_the_split_into_micro_batches_changes_nothing_but_rounding(tiny, train):
+    one = {"batch_size": 8, "gradient_accumulation_steps": 1, "dropout": 0.0}
+    train(out_dir="one", **one)
+    train(out_dir="four", **{**one, "batch_size": 2, "gradient_accumulation_steps": 4})
+    a, b = ([r["loss"] for r in records(tiny / name) if "iter" in r] for name in ("one", "four"))
+    assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_two_processes_see_the_batches_of_one(tiny, train, start):
+    settings = {**TINY, "dropout": 0.0, "max_iters": 6, "eval_interval": 3}
+    train(**settings, out_dir="one")
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    command = [sys.executable, *map(str, arguments), *flags(**settings, out_dir="two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tiny, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for a, b in zip(records(tiny / "one"), records(tiny / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    ours, theirs = (load(tiny / name / "last.pt")["model"] for name in ("one", "two"))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Makes the evaluations of the following runs report these validation losses, in turn."""
+    plain, queue, calls = model_module.GPT.forward, [], []
+
+    def forward(self, idx, targets=None, return_logits=True):
+        logits, loss = plain(self, idx, targets, return_logits)
+        if not self.training:  # an evaluation: train, then val, of one batch each
+            calls.append(1)
+            loss = torch.tensor(float(queue[(len(calls) - 1) // 2]))
+        return logits, loss
+
+    monkeypatch.setattr(model_module.GPT, "forward", forward)
+    return lambda *values: queue.__setitem__(slice(None), values)
+
+
+def test_the_best_stays_best_also_across_a_resume(tiny, train, losses):
+    settings = {"eval_iters": 1, "eval_interval": 1, "always_save_checkpoint": False, "lr_decay_iters": 9}
+    losses(5, 3, 2, 4)
+    assert train(**settings, max_iters=3).code == 0
+    best = load(tiny / "out" / "ckpt.pt")
+    assert (best["iter_num"], best["best_val_loss"]) == (2, 2.0)
+    assert (load(tiny / "out" / "last.pt")["iter_num"], load(tiny / "out" / "last.pt")["best_val_loss"]) == (3, 2.0)
+    losses(5, 3, 2, 4, 3, 1.5, 9)
+    assert train(**settings, max_iters=4, init_from="resume").code == 0
+    assert load(tiny / "out" / "ckpt.pt")["iter_num"] == 2
+    assert train(**settings, max_iters=6, init_from="resume").code == 0
+    assert load(tiny / "out" / "ckpt.pt")["iter_num"] == 5
+    assert load(tiny / "out" / "last.pt")["best_val_loss"] == 1.5
+
+
+def test_always_save_checkpoint_keeps_the_latest_and_remembers_the_best(tiny, train, losses):
+    losses(5, 3, 2, 4)
+    train(eval_iters=1, eval_interval=1, max_iters=3, always_save_checkpoint=True)
+    state = load(tiny / "out" / "ckpt.pt")
+    assert (state["iter_num"], state["best_val_loss"]) == (3, 2.0)
+
+
+def test_eval_only_writes_nothing(tiny, train):
+    result = train(eval_only=True)
+    assert re.findall(r"^step (\d+): train loss [\d.]+, val loss [\d.]+$", result.out, re.M) == ["0"]
+    assert not (tiny / "out").exists()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt_resumes_and_goes_back(tiny, train, bias):
+    (tiny / "out").mkdir()
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 33, "dropout": 0.0}
+    nanogpt.write(tiny / "out" / "ckpt.pt", torch.tensor(9.0), "_orig_mod.", iter_num=4, bias=bias, **shape)
+    assert dataset.load_meta(tiny / "data" / "tiny")["vocab_size"] == 33
+    result = train(init_from="resume", max_iters=8, bias=bias)
+    assert result.code == 0, result.err
+    assert [r["iter"] for r in records(tiny / "out") if "iter" in r] == [4, 5, 6, 7]
+    reference, optimizer, state = nanogpt.read(tiny / "out" / "ckpt.pt")
+    assert state["iter_num"] == 8 and float(state["best_val_loss"]) < 9
+    idx = torch.randint(33, (2, 16))
+    ours = checkpoint.build_model(checkpoint.load(tiny / "out" / "ckpt.pt")).eval()
+    torch.testing.assert_close(ours(idx, idx)[0], reference(idx), atol=1e-4, rtol=0)
+    reference(idx).sum().backward()
+    optimizer.step()
+    assert all(moments["step"] == 9 for moments in optimizer.state.values())
+
+
+def test_the_first_resumed_update_is_nanogpts(tiny, train):
+    """The same weights, moments and batch: one update here is the one that plain PyTorch makes."""
+    (tiny / "out").mkdir()
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 33, "dropout": 0.0}
+    nanogpt.write(tiny / "out" / "ckpt.pt", 9.0, iter_num=4, bias=False, **shape)
+    reference, optimizer, _ = nanogpt.read(tiny / "out" / "ckpt.pt")
+    settings = {"learning_rate": 1e-3, "decay_lr": False, "dropout": 0.0, "max_iters": 5, "grad_clip": 0.0}
+    assert train(init_from="resume", gradient_accumulation_steps=1, **settings).code == 0
+    folder = tiny / "data" / "tiny"
+    split = dataset.Split(folder, "train", dataset.load_meta(folder))
+    x, y = split.windows(dataset.training_starts(np.arange(16, 20), len(split), 16, 1337), 16)
+    torch.nn.functional.cross_entropy(reference(x).flatten(0, 1), y.flatten()).backward()
+    optimizer.step()
+    ours = load(tiny / "out" / "last.pt")["model"]
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_a_resume_may_shorten_the_context_and_says_what_changed(tiny, train):
+    train(max_iters=5)
+    result = train(max_iters=7, init_from="resume", block_size=8, batch_size=2)
+    assert result.code == 0, result.err
+    assert "batch_size was 4" in result.out
+    state = load(tiny / "out" / "last.pt")
+    assert state["model_args"]["block_size"] == 8 == state["config"]["block_size"]
+    assert state["model"]["transformer.wpe.weight"].shape == (8, 16)
+
+
+def test_a_resume_takes_the_architecture_from_the_checkpoint(tiny, run):
+    small = ("n_layer", "n_head", "n_embd", "block_size")
+    run("train.py", *flags(**{**TINY, "max_iters": 2}))
+    result = run("train.py", *flags(**{k: v for k, v in TINY.items() if k not in small}, init_from="resume"))
+    assert result.code == 0, result.err
+    assert load(tiny / "out" / "last.pt")["config"]["n_layer"] == 2
+
+
+def test_a_new_run_sets_the_old_one_aside(tiny, train):
+    train(max_iters=2)
+    before = load(tiny / "out" / "ckpt.pt")
+    result = train(max_iters=3, seed=2)
+    assert "previous" in result.out
+    assert same(load(tiny / "out" / "previous" / "ckpt.pt"), before)
+    assert load(tiny / "out" / "ckpt.pt")["iter_num"] == 3
+    assert [r["iter"] for r in records(tiny / "out") if "iter" in r] == [0, 1, 2]
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny, train):
+    train(max_iters=5)
+    result = train(max_iters=50, init_from="resume", learning_rate=1e30, decay_lr=False, grad_clip=0.0)
+    assert_user_error(result, "diverged")
+    state = load(tiny / "out" / "last.pt")
+    assert state["iter_num"] == 5 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, train):
+    train(max_iters=5)
+    result = train(
+        max_iters=50,
+        init_from="resume",
+        learning_rate=1e30,
+        decay_lr=False,
+        grad_clip=0.0,
+        log_interval=1000,
+        eval_interval=9,
+    )
+    assert_user_error(result, "diverged")
+    assert load(tiny / "out" / "last.pt")["iter_num"] == 5
+
+
+def test_fine_tuning_starts_from_gpt2_weights(tiny, train):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    config = transformers.GPT2Config(vocab_size=33, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained("gpt2-tiny")
+    small = {**TINY, "init_from": "gpt2-tiny", "max_iters": 3, "bias": True}
+    result = train(**small)
+    assert result.code == 0, result.err
+    assert load(tiny / "out" / "ckpt.pt")["model_args"]["bias"] is True
+    assert_user_error(train(**{**small, "n_layer": 3, "bias": False}), "n_layer is 2", "bias is True")
+
+
+def test_wandb_gets_the_figures_offline(tiny, train, monkeypatch):
+    sent = []
+
+    class Run:
+        def log(self, figures):
+            sent.append(figures)
+
+        def finish(self):
+            sent.append("finished")
+
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **keywords: sent.append(keywords) or Run())
+    train(wandb_log=True, max_iters=2, eval_interval=2, wandb_project="p", wandb_run_name="r")
+    assert sent[0]["project"] == "p" and sent[0]["name"] == "r" and sent[0]["config"]["n_layer"] == 2
+    assert (
+        {"iter", "train/loss", "val/loss", "lr"} <= sent[1].keys() and sent[2]["iter"] == 0 and sent[-1] == "finished"
+    )
+
+
+def test_a_compiled_run_trains_and_its_checkpoint_has_plain_names(tiny, train):
+    if sys.platform != "linux":
+        pytest.skip("compiles on Linux only")
+    result = train(compile=True, max_iters=3, n_layer=1, dropout=0.0, eval_interval=3)
+    assert result.code == 0, result.err
+    assert not any("_orig_mod" in name for name in load(tiny / "out" / "ckpt.pt")["model"])
+    plain = train(out_dir="eager", max_iters=3, n_layer=1, dropout=0.0, eval_interval=3)
+    assert plain.code == 0
+    a, b = (records(tiny / name) for name in ("out", "eager"))
+    for ours, theirs in zip(a, b, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_without_a_compiler_a_run_warns_and_goes_on(tiny, start):
+    environment = {**os.environ, "PATH": "/nowhere", "CXX": "/nowhere/c++"}
+    process = start("train.py", *flags(**{**TINY, "compile": True, "max_iters": 1}), cwd=tiny, env=environment)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "warning: compile=True is not possible" in err and "Traceback" not in err and "step 1:" in out
+
+
+def test_bfloat16_runs_and_resumes_exactly(tiny, train):
+    settings = {"dtype": "bfloat16", "max_iters": 8, "eval_interval": 4}
+    train(**settings, out_dir="whole")
+    train(**{**settings, "max_iters": 4})
+    assert train(**settings, init_from="resume").code == 0
+    assert_same_run(tiny / "out", tiny / "whole")
+
+
+def test_the_schedule_is_linear_then_cosine(tiny, train):
+    train(max_iters=12, warmup_iters=3, lr_decay_iters=9, learning_rate=1.0, min_lr=0.1, log_interval=1)
+    rates = [r["lr"] for r in records(tiny / "out") if "iter" in r]
+    assert rates[:3] == pytest.approx([0.25, 0.5, 0.75])
+    assert rates[3] == pytest.approx(1.0) and rates[6] == pytest.approx(0.55) and rates[9:] == pytest.approx([0.1] * 3)
+
+
+WRONG = [
+    ({"bach_size": 3}, ["'batch_size'"]),
+    ({"batch_size": 0, "learning_rate": -1, "beta2": 1.0}, ["batch_size", "learning_rate", "beta2"]),
+    ({"n_embd": 15}, ["n_embd (15)", "n_head (2)"]),
+    ({"dropout": 1.0}, ["dropout"]),
+    ({"dataset": "nothing"}, ["'nothing' is not prepared"]),
+    ({"block_size": 5000}, ["block_size 5000"]),
+    ({"init_from": "resume", "out_dir": "nowhere"}, ["no checkpoint", "nowhere"]),
+    ({"init_from": "gpt3"}, ["gpt3", "gpt2-xl"]),
+    ({"out_dir": "data/tiny/train.bin"}, ["out_dir"]),
+    ({"out_dir": "/proc/nothing"}, ["out_dir"]),
+    ({"device": "gpu"}, ["unknown device 'gpu'"]),
+    ({"device": "cuda:99"}, ["cuda"]),
+    ({"device": "cpu:x"}, ["unknown device"]),
+    ({"dtype": "float8"}, ["unknown dtype"]),
+    ({"dtype": "float16"}, ["float16"]),
+    ({"warmup_iters": 20}, ["warmup_iters", "lr_decay_iters"]),
+    ({"max_iters": -1}, ["max_iters"]),
+    ({"learning_rate": "1e999"}, ["learning_rate"]),
+    ({"batch_size": 0, "dataset": "no", "device": "gpu", "out_dir": "data/tiny/val.bin"}, ["batch", "gpu", "out_"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "words"), WRONG, ids=lambda value: "-".join(value)[:40] if value else "")
+def test_wrong_settings_are_one_line_each(tiny, train, settings, words):
+    result = train(**settings)
+    assert_user_error(result, *words)
+    lines = [line for line in result.err.splitlines() if line.startswith("error")]
+    assert len(lines) == (4 if "dataset" in settings and "device" in settings else 3 if "beta2" in settings else 1)
+    assert not list(tiny.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_layer": 3}, ["n_layer is 2"]),
+        ({"n_head": 4, "n_embd": 32}, ["n_head is 2", "n_embd is 16"]),
+        ({"bias": True}, ["bias is False"]),
+        ({"block_size": 32}, ["block_size is 16"]),
+    ],
+)
+def test_a_resume_with_another_architecture_is_refused(tiny, train, settings, words):
+    train(max_iters=2)
+    before = load(tiny / "out" / "last.pt")
+    assert_user_error(train(init_from="resume", **settings), *words)
+    assert same(load(tiny / "out" / "last.pt"), before)
+
+
+def test_a_resume_with_another_tokenizer_is_refused(tiny, train):
+    from tokenizer import CharTokenizer
+
+    train(max_iters=2)
+    (tiny / "data" / "other").mkdir()
+    ids = [0, 1, 2] * 100
+    dataset.write_dataset(tiny / "data" / "other", {"train": ids, "val": ids}, CharTokenizer.train("xyz"))
+    assert_user_error(train(init_from="resume", dataset="other"), "another tokenizer")
+
+
+def test_ids_beyond_the_vocabulary_are_refused_before_anything_is_written(tiny, train):
+    path = tiny / "data" / "tiny" / "val.bin"
+    tokens = np.fromfile(path, dtype=np.uint16)
+    tokens[7] = 500
+    tokens.tofile(path)
+    assert_user_error(train(), "token id 500", "val")
+    assert not list((tiny / "out").glob("*"))
+
+
+def test_a_damaged_checkpoint_is_not_resumed_and_not_touched(tiny, train):
+    train(max_iters=2)
+    for name in ("ckpt.pt", "last.pt"):
+        path = tiny / "out" / name
+        path.write_bytes(path.read_bytes()[:3000])
+    before = {path.name: path.read_bytes() for path in (tiny / "out").iterdir()}
+    assert_user_error(train(init_from="resume"), "truncated")
+    assert before == {path.name: path.read_bytes() for path in (tiny / "out").iterdir()}
