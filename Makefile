@@ -22,7 +22,7 @@ install: .venv/installed
 demo: .venv/installed
 	$(BIN)/python data/pystdlib_char/prepare.py
 	$(BIN)/python train.py config/demo.py
-	$(BIN)/python sample.py --out_dir=out-demo --num_samples=3 --max_new_tokens=600
+	$(BIN)/python sample.py --out_dir=out-demo --start="def " --num_samples=3 --max_new_tokens=600
 
 test: .venv/tested
 	$(BIN)/ruff check .

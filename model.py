@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 LOSS_CHUNK_LOGITS = 2**25  # logits that the chunked loss holds at a time: 128 MiB in float32
+CPU_FLOAT32_ATTENTION = 512  # up to this context, PyTorch's bfloat16 attention on CPUs is slower than its float32 one
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Hugging Face keeps GPT-2's names, without the "transformer." in front, and these weights transposed.
 GPT2_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -90,9 +91,13 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             assert cache.length == 0 or T == 1, "several tokens behind a cache would need a mask of their own"
             k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
-        )  # (B, n_head, T, head_dim)
+        dropout = self.dropout if self.training else 0.0
+        if cache is None and x.device.type == "cpu" and T <= CPU_FLOAT32_ATTENTION:
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, is_causal=T > 1)
+            y = y.to(q.dtype)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, n_head, T, head_dim)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
