@@ -1,4 +1,4 @@
-# What `make demo` trains: a GPT that writes Python, on the standard library's own source. A minute and a half on 2 cores.
+# What `make demo` trains: a GPT that writes Python, on the standard library. A minute and a half on 2 cores.
 #   python data/pystdlib_char/prepare.py
 #   python train.py config/demo.py
 #   python sample.py --out_dir=out-demo --start="def "
