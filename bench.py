@@ -60,6 +60,7 @@ def check_settings() -> None:
     ]
     shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
     rules += [(False, problem) for problem in shape.problems()]
+    rules += [(0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}")]
     rules += [(mode == "train", f"mode must be train, not {mode!r}")]
     rules += [(not nanogpt or (Path(nanogpt) / "model.py").is_file(), f"nanogpt={nanogpt}: no model.py is there")]
     looks = [lambda: runtime.pick_dtype(dtype, runtime.pick_device(device))]
@@ -113,10 +114,16 @@ def peer_step(place: torch.device) -> Callable:
     if nanogpt:
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(nanogpt) / "model.py")
         theirs = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(theirs)
+        try:
+            spec.loader.exec_module(theirs)
+            network, settings = theirs.GPT, theirs.GPTConfig
+        except Exception as error:
+            raise UserError(f"{nanogpt}/model.py can't be used: {type(error).__name__}: {error}") from error
+    else:
+        network, settings = GPT, GPTConfig
     shape = {"block_size": block_size, "vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_head}
     shape |= {"n_embd": n_embd, "dropout": dropout, "bias": bias}
-    model = (theirs.GPT(theirs.GPTConfig(**shape)) if nanogpt else GPT(GPTConfig(**shape))).to(place)
+    model = network(settings(**shape)).to(place)
     if nanogpt:
         optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
     else:

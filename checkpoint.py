@@ -8,6 +8,7 @@ No random state is kept, because there is none: data and dropout follow from con
 """
 
 import dataclasses
+import itertools
 import os
 import pickle
 import tempfile
@@ -79,18 +80,21 @@ def prepare_folder(out_dir: str) -> Path:
         os.makedirs(out_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
             return Path(out_dir)
-    except OSError as error:
-        raise UserError(f"out_dir {out_dir!r} can't be written: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"out_dir {out_dir!r} can't be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def set_aside(out_dir: Path) -> None:
-    """Moves what an earlier run left in out_dir into out_dir/previous, over what was there."""
+    """Moves an earlier run's files out of the way, into out_dir/previous, previous-2, … : nothing is overwritten."""
     found = [out_dir / name for name in (BEST, LAST, LOG) if (out_dir / name).exists()]
-    if found:
-        print(f"{out_dir} holds an earlier run; it is moved to {out_dir / 'previous'}")
-        (out_dir / "previous").mkdir(exist_ok=True)
-        for path in found:
-            os.replace(path, out_dir / "previous" / path.name)
+    if not any(path.suffix == ".pt" for path in found):
+        return
+    names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
+    folder = next(out_dir / name for name in names if not (out_dir / name).exists())
+    print(f"{out_dir} holds an earlier run; it is moved to {folder}")
+    folder.mkdir()
+    for path in found:
+        os.replace(path, folder / path.name)
 
 
 def to_use(out_dir: str) -> Path:
@@ -130,16 +134,19 @@ def load(path: Path) -> dict:
         raise UserError(f"{path} is no checkpoint of a GPT: its model_args are missing or incomplete")
     if unknown := args.keys() - fields:
         raise UserError(f"{path} holds a model that is unknown here: {', '.join(map(str, sorted(unknown)))}")
-    state["model"] = {
-        name.removeprefix("_orig_mod."): tensor
-        for name, tensor in state["model"].items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask that older code kept
-    }
-    state["best_val_loss"] = float(state.get("best_val_loss", float("inf")))
-    state["iter_num"] = int(state.get("iter_num", 0))
-    state["path"] = path
-    state.setdefault("config", {})
-    return state
+    try:
+        model = {
+            name.removeprefix("_orig_mod."): tensor
+            for name, tensor in state["model"].items()
+            if not name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask that older code kept
+        }
+        plain = {
+            "best_val_loss": float(state.get("best_val_loss", float("inf"))),
+            "iter_num": int(state.get("iter_num", 0)),
+        }
+        return {**state, **plain, "model": model, "config": dict(state.get("config") or {}), "path": path}
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is no checkpoint of a GPT: {error}") from error
 
 
 def build_model(state: dict, dropout: float = 0.0) -> GPT:

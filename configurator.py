@@ -16,7 +16,9 @@ of its default: int, float, bool or str. An int may stand for a float; nothing e
 import ast
 import contextlib
 import difflib
+import errno
 import os
+import re
 import sys
 import tokenize
 import types
@@ -38,15 +40,45 @@ def user_errors():
     """Ends the program with one line a problem on stderr and exit status 2 on a UserError. A bug raises."""
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
-        for problem in error.problems:
-            print("error: " + " ".join(problem.split()), file=sys.stderr)
-        sys.exit(2)
+        _exit(*error.problems)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(141)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        _exit(f"the disk is full: {error.filename or 'standard output'}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|alloc", str(error)):
+            raise
+        _exit(f"not enough memory; lower the sizes of model or batch ({error})")
+
+
+def _exit(*problems: str) -> None:
+    for problem in problems:
+        print("error: " + " ".join(problem.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Sends what standard output still holds to nowhere: flushing it at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _set_up_terminal() -> None:
+    """Prints any character on any terminal, survives a closed one, and takes Ctrl-C without a traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the program
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
+    show = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else show(kind, *rest)
 
 
 def check(rules: list[tuple[bool, str]], looks: Sequence[Callable[[], object]] = ()) -> None:
@@ -64,7 +96,9 @@ def check(rules: list[tuple[bool, str]], looks: Sequence[Callable[[], object]] =
 
 def settings_of(scope: dict) -> dict:
     """The settings among a script's globals: public names bound to an int, float, bool or str."""
-    return {name: value for name, value in scope.items() if name[0] != "_" and type(value) in SETTING_TYPES}
+    return {
+        name: value for name, value in scope.items() if not str(name).startswith("_") and type(value) in SETTING_TYPES
+    }
 
 
 def configure(scope: dict, argv: list[str] | None = None) -> set[str]:
@@ -73,34 +107,38 @@ def configure(scope: dict, argv: list[str] | None = None) -> set[str]:
     Returns the names that were set by a file or an argument, whatever their value. Leaves `scope` untouched and exits
     with status 2 if anything is wrong; exits with status 0 after --help.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    _set_up_terminal()
+    with user_errors():
+        return _configure(scope, sys.argv[1:] if argv is None else argv)
+
+
+def _configure(scope: dict, argv: list[str]) -> set[str]:
     if "--help" in argv or "-h" in argv:
         print(_help(scope))
         sys.exit(0)
-    settings, given, problems = settings_of(scope), set(), []
-    types_ = {name: type(value) for name, value in settings.items()}
+    types_ = {name: type(value) for name, value in settings_of(scope).items()}
+    now, given, problems = dict(scope), set(), []
     for argument in argv:
         try:
             if argument.startswith("-"):
-                new = _from_argument(argument, types_)
+                name, value = _from_argument(argument, types_)
+                now[name] = value
+                given.add(name)
             else:
-                new = _from_file(argument, scope | settings, types_)
+                now, names = _from_file(argument, now, types_)
+                given |= names
         except UserError as error:
             problems += error.problems
-            continue
-        settings |= new
-        given |= new.keys()
-    with user_errors():
-        if problems:
-            raise UserError(*problems)
-    scope.update(settings)
+    if problems:
+        raise UserError(*problems)
+    scope.update({name: now[name] for name in given})
     if os.environ.get("RANK", "0") == "0":
         for name in sorted(given):
-            print(f"Overriding: {name} = {settings[name]!r}", file=sys.stderr)
+            print(f"Overriding: {name} = {scope[name]!r}", file=sys.stderr)
     return given
 
 
-def _from_argument(argument: str, types_: dict[str, type]) -> dict:
+def _from_argument(argument: str, types_: dict[str, type]) -> tuple[str, object]:
     name, equals, text = argument.removeprefix("--").partition("=")
     if not argument.startswith("--") or not equals:
         raise UserError(f"{argument}: write a setting as --key=value")
@@ -112,26 +150,30 @@ def _from_argument(argument: str, types_: dict[str, type]) -> dict:
         value = text
     if types_[name] is str and not isinstance(value, str):
         value = text  # --start=42 is a text that happens to look like a number
-    return {name: _typed(name, value, types_[name])}
+    return name, _typed(name, value, types_[name])
 
 
-def _from_file(path: str, scope: dict, types_: dict[str, type]) -> dict:
+def _from_file(path: str, scope: dict, types_: dict[str, type]) -> tuple[dict, set[str]]:
+    """Executes a config file in a copy of `scope`; returns the copy, and the settings that the file assigns."""
+    if not os.path.isfile(path):
+        raise UserError(f"config file {path!r} is not there")
     try:
         with tokenize.open(path) as file:  # decodes as Python itself does
             source = file.read()
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"config file {path!r} can't be read: {reason}") from error
+    except (OSError, SyntaxError, LookupError, UnicodeError) as error:
+        raise UserError(f"config file {path!r} can't be read: {error}") from error
     after = dict(scope)
     try:
         tree = ast.parse(source, path)
         exec(compile(tree, path, "exec"), after)
     except SyntaxError as error:
-        raise UserError(f"config file {path!r}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
-        raise UserError(f"config file {path!r} fails with {type(error).__name__}: {error}") from error
+        raise UserError(f"config file {path!r}, line {error.lineno or 1}: {error.msg}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a file that ends the program has not configured it
+        raise UserError(f"config file {path!r} fails with {type(error).__name__}: {_shown(error, str)}") from error
     # A setting may be given the value that it had, which no comparison shows: the syntax tree names what is assigned.
-    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    stored, imported = _names(tree)
     new, problems = {}, []
     for name, value in after.items():
         changed = name not in scope or scope[name] is not value
@@ -140,15 +182,40 @@ def _from_file(path: str, scope: dict, types_: dict[str, type]) -> dict:
                 new[name] = _typed(name, value, types_[name])
             except UserError as error:
                 problems.append(f"config file {path!r}: {error}")
-        elif changed and name not in types_ and name[0] != "_" and not _is_helper(value):
+        elif changed and name not in imported and not str(name).startswith("_") and not _is_helper(value):
             problems.append(f"config file {path!r}: {_unknown(name, types_)} (a name of the file's own starts with _)")
+    problems += [f"config file {path!r} deletes the setting {name!r}" for name in types_ if name not in after]
     if problems:
         raise UserError(*problems)
-    return new
+    return after | new, set(new)
+
+
+def _names(tree: ast.Module) -> tuple[set[str], set[str]]:
+    """The names that a module assigns, and those that it imports, outside of its functions and classes."""
+    stored, imported, nodes = set(), set(), list(tree.body)
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            stored.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        if not isinstance(node, inner):
+            nodes += ast.iter_child_nodes(node)
+    return stored, imported
 
 
 def _is_helper(value: object) -> bool:
     return isinstance(value, types.ModuleType) or callable(value)
+
+
+def _shown(value: object, form: Callable[[object], str]) -> str:
+    """repr or str of a stranger's value, which may be endless or fail."""
+    try:
+        text = form(value)
+    except Exception as error:
+        return f"something whose text fails with {type(error).__name__}"
+    return text if len(text) < 200 else text[:200] + "…"
 
 
 def _typed(name: str, value: object, kind: type):
@@ -158,11 +225,11 @@ def _typed(name: str, value: object, kind: type):
         with contextlib.suppress(OverflowError):
             return float(value)
     hint = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[kind]
-    raise UserError(f"{name} takes {hint} ({kind.__name__}), not {value!r}")
+    raise UserError(f"{name} takes {hint} ({kind.__name__}), not {_shown(value, repr)}")
 
 
 def _unknown(name: str, types_: dict[str, type]) -> str:
-    nearest = difflib.get_close_matches(name, types_, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(str(name), types_, n=1, cutoff=0.0)
     return f"unknown setting {name!r}" + (f", the nearest is {nearest[0]!r}" if nearest else "")
 
 

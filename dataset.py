@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from tokenizer import Tokenizer
+from tokenizer import GPT2Tokenizer, Tokenizer, check_data
 
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
 SCAN_TOKENS = 2**26  # of each shard, looked at before a run starts; every batch is checked as it is read
@@ -36,13 +36,21 @@ def find(name: str) -> Path:
 
     Raises UserError that names the command to prepare it.
     """
-    places = [Path("data") / name, Path(__file__).resolve().parent / "data" / name]
+    places = _places(name)
     for place in places:
-        if any(place.glob("train*.bin")):
+        if _shard_files(place, "train"):
             return place
     scripts = [place / "prepare.py" for place in places if (place / "prepare.py").exists()]
     how = f"run: python {scripts[0]}" if scripts else f"no prepare.py is there; data sets: {', '.join(_known())}"
     raise UserError(f"data set {name!r} is not prepared: {how}")
+
+
+def _places(name: str) -> list[Path]:
+    return [Path("data") / name, Path(__file__).resolve().parent / "data" / name]
+
+
+def _shard_files(folder: Path, split: str) -> list[Path]:
+    return sorted(folder.glob(f"{split}_*.bin")) or [path for path in [folder / f"{split}.bin"] if path.exists()]
 
 
 def _known() -> list[str]:
@@ -58,10 +66,6 @@ def load_meta(folder: Path) -> dict:
     try:
         if (folder / "meta.json").exists():
             meta = {**meta, **json.loads((folder / "meta.json").read_text(encoding="utf-8"))}
-            if type(meta["vocab_size"]) not in (int, type(None)):
-                raise ValueError(f"vocab_size is {meta['vocab_size']!r}, no whole number")
-            if meta["dtype"] not in ("uint16", "uint32"):
-                raise ValueError(f"dtype is {meta['dtype']!r}, not uint16 or uint32")
         elif (folder / "meta.pkl").exists():
             with open(folder / "meta.pkl", "rb") as file:
                 theirs = _PlainUnpickler(file).load()
@@ -69,9 +73,32 @@ def load_meta(folder: Path) -> dict:
             meta |= {"vocab_size": len(chars), "tokenizer": {"type": "char", "chars": chars}}
         else:
             meta |= {"tokenizer": {"type": "gpt2"}}
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {meta['dtype']!r}, not uint16 or uint32")
+        if meta["vocab_size"] is not None and not (type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] < 2**32):
+            raise ValueError(f"vocab_size is {meta['vocab_size']!r}")
+        if not all(type(count) is int for count in (meta["tokens"] or {}).values()):
+            raise ValueError(f"tokens is {meta['tokens']!r}, not a count for each split")
+        if meta["tokenizer"] is not None:
+            check_data(meta["tokenizer"], meta["vocab_size"])
     except Exception as error:  # a broken pickle raises anything
-        raise UserError(f"{folder}: its meta file can't be read ({error}); prepare the data set again") from error
+        raise UserError(f"{folder}: its meta file can't be used ({error}); prepare the data set again") from error
     return meta
+
+
+def tokenizer_of(name: str, vocab_size: int) -> dict:
+    """The tokenizer of a checkpoint that does not hold it, as nanoGPT's: that of its data set, else GPT-2's.
+
+    Returns plain data. Raises UserError where there is no meta file and the vocabulary is too small for GPT-2's.
+    """
+    for place in _places(name):
+        if (place / "meta.json").exists() or (place / "meta.pkl").exists():
+            return load_meta(place)["tokenizer"]
+    if vocab_size >= GPT2Tokenizer.vocab_size:
+        return {"type": "gpt2"}
+    raise UserError(
+        f"the checkpoint holds no tokenizer, and its data set's meta.pkl is not in {_places(name)[0]}: put it there"
+    )
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -86,7 +113,7 @@ class Split:
 
     def __init__(self, folder: Path, split: str, meta: dict, vocab_size: int | None = None):
         """Raises UserError for a missing, empty, truncated or half-written file, or ids beyond vocab_size."""
-        files = sorted(folder.glob(f"{split}_*.bin")) or [folder / f"{split}.bin"]
+        files = _shard_files(folder, split) or [folder / f"{split}.bin"]
         self.name, self.vocab_size = f"{folder} ({split})", vocab_size
         self.shards = [_map_shard(file, np.dtype(meta["dtype"]).newbyteorder("<")) for file in files]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -232,8 +259,8 @@ def read_source(source: str, url: str, folder: Path) -> str:
             raise UserError(f"{url} can't be downloaded ({error}); with a copy at hand, use --source=FILE") from error
     try:
         return decode_text(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -241,9 +268,9 @@ def decode_text(data: bytes, name: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from error
-    if not text.strip():
-        raise UserError(f"{name} holds no text")
-    return text.replace("\r\n", "\n")
+    if not text:
+        raise UserError(f"{name} is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_dataset(folder: Path, splits: dict[str, list[int]], tokenizer: Tokenizer) -> None:
@@ -252,6 +279,8 @@ def write_dataset(folder: Path, splits: dict[str, list[int]], tokenizer: Tokeniz
     All is written under other names first. train.bin, without which a folder counts as not prepared, goes first and
     comes last.
     """
+    if empty := [split for split, ids in splits.items() if not ids]:
+        raise UserError(f"the text is too short: nothing is left for {' and '.join(empty)}")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     meta = {
         "vocab_size": tokenizer.vocab_size,

@@ -11,7 +11,9 @@ import configurator
 # Settings
 init_from = "resume"  # resume (a checkpoint in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with those
 out_dir = "out"  # folder of the checkpoint; ignored if init_from is not resume
-start = "\n"  # the prompt; FILE:prompt.txt reads it from a file; <|endoftext|> is GPT-2's marker
+start = (
+    "\n"  # the prompt (a newline is $'\n' in a shell); FILE:prompt.txt reads a file; <|endoftext|> is GPT-2's marker
+)
 num_samples = 10  # texts to generate
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # 0 takes the likeliest token each time; 1 draws as the model predicts; above 1 is more random
@@ -46,6 +48,7 @@ def check_settings() -> None:
         (max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}"),
         (0 <= temperature < math.inf, f"temperature must be 0 (greedy) or a positive number, not {temperature}"),
         (top_k >= 0, f"top_k must be 0 (off) or a positive number, not {top_k}"),
+        (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (start != "", "start must hold at least one character"),
         (
             init_from in ("resume", *GPT2_MODELS) or os.path.isdir(init_from),
@@ -65,8 +68,8 @@ def read_start() -> str:
     path = Path(start.removeprefix("FILE:"))
     try:
         return dataset.decode_text(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UserError(f"start={start}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"start={start}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def load() -> tuple[GPT, tokenizer.Tokenizer]:
@@ -75,9 +78,9 @@ def load() -> tuple[GPT, tokenizer.Tokenizer]:
         return checkpoint.pretrained(init_from), tokenizer.GPT2Tokenizer()
     state = checkpoint.load(checkpoint.to_use(out_dir))
     model = checkpoint.build_model(state)
-    data = state.get("tokenizer")
-    if data is None:  # nanoGPT keeps it with the data set
-        data = dataset.load_meta(dataset.find(str(state["config"].get("dataset"))))["tokenizer"]
+    size = model.config.vocab_size
+    data = state.get("tokenizer") or dataset.tokenizer_of(str(state["config"].get("dataset")), size)
+    tokenizer.check_data(data, size)
     return model, tokenizer.from_data(data)
 
 
@@ -85,7 +88,7 @@ def main() -> None:
     check_settings()
     place = runtime.pick_device(device)
     model, tokens = load()
-    prompt = tokens.encode(read_start())
+    prompt = tokens.encode(read_start(), special=True)
     model.eval().to(place, runtime.pick_dtype(dtype, place))
     if compile:
         runtime.compile_model(model, place)
@@ -103,5 +106,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with configurator.user_errors():
-        sys.stdout.reconfigure(encoding="utf-8")
         main()

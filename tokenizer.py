@@ -23,8 +23,8 @@ class CharTokenizer:
         """The characters of `text`, sorted, as nanoGPT numbers them."""
         return cls(sorted(set(text)))
 
-    def encode(self, text: str) -> list[int]:
-        """Raises UserError that names the characters which have no id."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Raises UserError that names the characters which have no id. There are no special tokens."""
         try:
             return [self._ids[char] for char in text]
         except KeyError:
@@ -56,9 +56,9 @@ class GPT2Tokenizer:
                 "TIKTOKEN_CACHE_DIR to a folder that holds them"
             ) from error
 
-    def encode(self, text: str) -> list[int]:
-        """The marker <|endoftext|> becomes its one id."""
-        return self._bpe.encode(text, allowed_special={"<|endoftext|>"})
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """With `special`, as in a prompt, <|endoftext|> becomes its one id; else it is text like any other."""
+        return self._bpe.encode(text, allowed_special={"<|endoftext|>"}) if special else self._bpe.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Invalid UTF-8 shows as U+FFFD; a character whose last bytes are still to come is left out."""
@@ -71,12 +71,22 @@ class GPT2Tokenizer:
 Tokenizer = CharTokenizer | GPT2Tokenizer
 
 
-def from_data(data: dict) -> Tokenizer:
-    """The tokenizer that `to_data` described. Raises UserError for data that describes none."""
+def check_data(data: object, vocab_size: int | None = None) -> None:
+    """Raises UserError where `data` describes no tokenizer, or one that is not of vocab_size; fetches nothing."""
     kind = data.get("type") if isinstance(data, dict) else None
     if kind == "gpt2":
-        return GPT2Tokenizer()
-    chars = data.get("chars") if kind == "char" else None
-    if isinstance(chars, list) and chars and all(char is None or isinstance(char, str) for char in chars):
-        return CharTokenizer(chars)
-    raise UserError(f"the data describes no tokenizer that is known here (type {kind!r})")
+        size = GPT2Tokenizer.vocab_size
+    elif kind == "char" and isinstance(data.get("chars"), list) and data["chars"]:
+        size, chars = len(data["chars"]), [char for char in data["chars"] if char is not None]
+        if not all(isinstance(char, str) and len(char) == 1 for char in chars) or len(set(chars)) < len(chars):
+            raise UserError("the tokenizer's chars are not single characters, each of them once")
+    else:
+        raise UserError(f"the data describes no tokenizer that is known here (type {kind!r})")
+    if vocab_size is not None and size > vocab_size:
+        raise UserError(f"the tokenizer has {size} tokens, and the vocabulary only {vocab_size}")
+
+
+def from_data(data: dict) -> Tokenizer:
+    """The tokenizer that `to_data` described. Raises UserError for data that describes none."""
+    check_data(data)
+    return GPT2Tokenizer() if data["type"] == "gpt2" else CharTokenizer(data["chars"])

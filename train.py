@@ -86,11 +86,15 @@ def check_settings() -> None:
     values, world_size = globals(), int(os.environ.get("WORLD_SIZE", "1"))
     at_least_one = ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size")
     not_negative = ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr")
-    rules = [(values[name] >= 1, f"{name} must be at least 1, not {values[name]}") for name in at_least_one]
+    rules = [
+        (0 < values[name] < 2**31, f"{name} must be at least 1, and no giant, not {values[name]}")
+        for name in at_least_one
+    ]
     rules += [(0 <= values[k] < math.inf, f"{k} must be 0 or a positive number, not {values[k]}") for k in not_negative]
     rules += [(0 <= values[name] < 1, f"{name} must be in [0, 1), not {values[name]}") for name in ("beta1", "beta2")]
     rules += [(False, line) for line in GPTConfig(block_size, 1, n_layer, n_head, n_embd, dropout, bias).problems()]
     rules += [
+        (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (0 < learning_rate < math.inf, f"learning_rate must be a positive number, not {learning_rate}"),
         (
             not decay_lr or warmup_iters != lr_decay_iters,
@@ -163,33 +167,31 @@ def get_lr(iteration: int) -> float:
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def start_wandb(config: dict):
+    import wandb
+
+    try:
+        return wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+    except (wandb.Error, OSError) as error:
+        raise UserError(
+            f"Weights & Biases did not start ({error}): log in, set WANDB_MODE=offline, or use --wandb_log=False"
+        ) from error
+
+
 class Log:
     """Figures to the terminal, to log.jsonl and, where asked for, to Weights & Biases."""
 
-    def __init__(self, path: Path | None, iter_num: int, evaluated: bool, config: dict):
+    def __init__(self, path: Path | None, iter_num: int, evaluated: bool, wandb_run):
         """Without a path (another rank, or eval_only) only the terminal is written to."""
-        self.file = self.wandb = None
+        self.file, self.wandb = None, wandb_run
         if path:
             kept = _records_before(path, iter_num, evaluated) if path.exists() else []
             partial = path.with_suffix(".tmp")
             partial.write_text("".join(kept), encoding="utf-8")
             os.replace(partial, path)
             self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run
-            if wandb_log:
-                self.wandb = self._start_wandb(config)
         show = path is not None and sys.stderr.isatty()
         self.bar = tqdm(total=max_iters, initial=iter_num, unit="iter", disable=not show, dynamic_ncols=True)
-
-    @staticmethod
-    def _start_wandb(config: dict):
-        import wandb
-
-        try:
-            return wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-        except (wandb.Error, OSError) as error:
-            raise UserError(
-                f"Weights & Biases did not start ({error}): log in, set WANDB_MODE=offline, or use --wandb_log=False"
-            ) from error
 
     def iteration(self, iter_num, loss, lr, grad_norm, seconds, tokens_per_s, mfu) -> None:
         line = f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"
@@ -324,15 +326,16 @@ def main() -> None:
         for name in names:
             checkpoint.save(Path(out_dir) / name, contents)
 
-    # Nothing has been written up to here
     is_writing = processes.is_master and not eval_only
+    wandb_run = start_wandb(config) if is_writing and wandb_log else None
+    # Up to here anything may fail, and nothing has been written
     if is_writing and init_from != "resume":
         checkpoint.set_aside(Path(out_dir))
     if processes.is_master:
         print(f"tokens per iteration will be: {tokens_per_iter:,}")
         print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
         print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
-    log = Log(Path(out_dir) / checkpoint.LOG if is_writing else None, iter_num, evaluated, config)
+    log = Log(Path(out_dir) / checkpoint.LOG if is_writing else None, iter_num, evaluated, wandb_run)
     started, timed = time.perf_counter(), 0  # of the updates since the last log line or evaluation
     while True:
         if not evaluated and (iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only):

@@ -18,7 +18,8 @@ def test_the_last_line_is_json_with_the_ratio(bench):
     assert result.code == 0, result.err
     record = json.loads(result.out.splitlines()[-1])
     assert record["mode"] == "train" and record["peer"] == "plain step" and record["ratio"] > 0
-    assert record["tokens_per_s"] > 0 and record["peer_tokens_per_s"] > 0
+    once = json.loads(bench(rounds=1).out.splitlines()[-1])
+    assert once["ratio"] == pytest.approx(once["tokens_per_s"] / once["peer_tokens_per_s"])
 
 
 def test_it_reads_real_data(bench):
@@ -45,10 +46,14 @@ def test_profile_shows_where_the_time_goes(bench):
         ({"mode": "drive"}, ["mode"]),
         ({"rounds": 0, "n_embd": 0}, ["rounds", "n_embd"]),
         ({"nanogpt": "nowhere"}, ["nowhere"]),
+        ({"nanogpt": "broken"}, ["broken/model.py", "nothing_of_that_name"]),
+        ({"seed": -1}, ["seed"]),
         ({"real_data": True, "dataset": "nothing"}, ["'nothing'"]),
         ({"dtype": "float16"}, ["float16"]),
     ],
     ids=str,
 )
-def test_wrong_settings_are_one_line_each(bench, settings, words):
+def test_wrong_settings_are_one_line_each(tiny, bench, settings, words):
+    (tiny / "broken").mkdir()
+    (tiny / "broken" / "model.py").write_text("import nothing_of_that_name")
     assert_user_error(bench(**settings), *words)

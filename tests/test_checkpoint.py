@@ -1,4 +1,5 @@
 import os
+import stat
 
 import nanogpt
 import numpy as np
@@ -83,6 +84,10 @@ def test_a_damaged_checkpoint_is_one_problem(tmp_path):
         (lambda state: state["model_args"].update(n_head=3), "n_embd"),
         (lambda state: state["model_args"].update(n_embd="16"), "weights"),
         (lambda state: state["model"].popitem(), "weights"),
+        (lambda state: state["model"].update({3: torch.zeros(1)}), "no checkpoint"),
+        (lambda state: state.update(best_val_loss=None), "no checkpoint"),
+        (lambda state: state.update(iter_num="x"), "no checkpoint"),
+        (lambda state: state.update(config=5), "no checkpoint"),
     ],
 )
 def test_a_foreign_checkpoint_is_refused(tmp_path, change, words):
@@ -133,6 +138,21 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
             with pytest.raises(UserError, match="untouched"):
                 checkpoint.save(path, {"a": 2})
         assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["ckpt.pt"]
+
+
+def test_file_and_name_reach_the_disk(tmp_path, monkeypatch):
+    kinds, plain = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: kinds.append(stat.S_ISDIR(os.fstat(fd).st_mode)) or plain(fd))
+    checkpoint.save(tmp_path / "ckpt.pt", {"a": 1})
+    assert kinds == ([False, True] if os.name == "posix" else [False])
+
+
+def test_a_value_that_is_not_finite_is_never_written(tmp_path):
+    checkpoint.save(tmp_path / "ckpt.pt", {"a": 1})
+    for bad in (torch.tensor([1.0, float("nan")]), torch.tensor(float("inf"))):
+        with pytest.raises(UserError, match=r"x\.y\.0 is not finite"):
+            checkpoint.save(tmp_path / "ckpt.pt", {"x": {"y": {0: bad}}})
+    assert torch.load(tmp_path / "ckpt.pt") == {"a": 1}
 
 
 def test_the_checkpoint_furthest_on_is_resumed(tmp_path):

@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 
@@ -53,6 +55,7 @@ def test_values_keep_the_type_of_the_default(configure, argument, name, value):
     ("argument", "words"),
     [
         ("--sice=3", "'size'"),
+        ("/dev/zero", "not there"),
         ("--size=3.0", "whole number"),
         ("--size=True", "whole number"),
         ("--on=1", "True or False"),
@@ -83,6 +86,14 @@ def test_a_mistake_is_one_line_and_changes_nothing(configure, argument, words):
         ("size = [3]", "whole number"),
         ("sizes = [3]", "'size'"),
         ("\0", "c.py"),
+        ("# coding: rot13\nsize = 3", "c.py"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+        ("size = 9; raise BaseException('x')", "BaseException"),
+        ("rate = 10 ** 5000", "a number"),
+        ("globals()[3] = 3", "3"),
+        ("globals()[''] = 3", "unknown"),
+        ("del size", "deletes the setting 'size'"),
+        ("class E(Exception):\n    def __str__(self):\n        1 / 0\nraise E", "ZeroDivisionError"),
     ],
 )
 def test_a_mistake_in_a_config_file_is_one_line(configure, tmp_path, source, words):
@@ -95,6 +106,16 @@ def test_a_config_file_that_is_no_text_is_one_line(configure, tmp_path):
     (tmp_path / "c.py").write_bytes(b"size = '\xff\xfe'\n")
     assert len(configure("c.py")) == 1
     assert len(configure(str(tmp_path))) == 1  # a folder
+
+
+def test_names_inside_functions_are_no_settings_and_helpers_pass_on(configure, tmp_path):
+    (tmp_path / "a.py").write_text(
+        "from __future__ import annotations\nfrom math import pi\n_base = 3\n"
+        "def _twice(n):\n    size = 2 * n\n    return size\n_all = [size for size in range(2)]\n"
+    )
+    (tmp_path / "b.py").write_text("rate = _twice(_base) * 0.5\n")
+    scope, given = configure("a.py", "b.py")
+    assert given == {"rate"} and scope["rate"] == 3.0 and scope["size"] == 4
 
 
 def test_all_mistakes_are_reported_at_once(configure, tmp_path):
@@ -112,6 +133,32 @@ def test_every_setting_has_a_help_text_and_help_needs_no_torch(script, tmp_path)
     rows = [line for line in result.stdout.splitlines() if line.startswith("  --")]
     assert len(rows) > 10
     assert all(row.split(")  ", 1)[-1].strip() for row in rows) and all(")  " in row for row in rows)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_prints_on_any_terminal_and_to_a_reader_that_leaves(flag):
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    for command in (
+        f"{sys.executable} {ROOT / 'train.py'} {flag}",
+        f"{sys.executable} {ROOT / 'train.py'} {flag} | true",
+    ):
+        result = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0 and result.stderr == ""
+
+
+def test_memory_and_disk_that_run_out_are_one_line(capsys):
+    for error in (MemoryError("x"), RuntimeError("CUDA out of memory"), OSError(errno.ENOSPC, "No space left")):
+        with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(configurator, "_drop_output", lambda: None)
+            with configurator.user_errors():
+                raise error
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_bug_raises():

@@ -157,7 +157,23 @@ def test_nanogpts_meta_is_read(tmp_path):
     assert dataset.load_meta(tmp_path)["tokenizer"] == {"type": "gpt2"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"dtype": "float32"}', '{"vocab_size": "9"}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"dtype": "float32"}',
+        '{"vocab_size": "9"}',
+        '{"vocab_size": 0}',
+        '{"vocab_size": -5}',
+        '{"tokens": 5}',
+        '{"tokens": {"train": "5"}}',
+        '{"tokenizer": "gpt2"}',
+        '{"vocab_size": 1, "tokenizer": {"type": "char", "chars": ["a", "b"]}}',
+        "\xff",
+    ],
+)
 def test_a_broken_meta_json_is_one_problem(tmp_path, text):
     (tmp_path / "meta.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="meta file"):
@@ -227,6 +243,24 @@ def test_a_data_set_that_is_missing_is_one_problem_with_the_command(tmp_path, mo
         dataset.find("mine")
     with pytest.raises(UserError, match="shakespeare_char"):
         dataset.find("nothing")
+
+
+def test_a_text_too_short_to_split_changes_nothing(tmp_path):
+    dataset.write_dataset(tmp_path, {"train": [0], "val": [0]}, CharTokenizer.train("a"))
+    with pytest.raises(UserError, match="nothing is left for train"):
+        dataset.write_dataset(tmp_path, {"train": [], "val": [0]}, CharTokenizer.train("b"))
+    assert dataset.load_meta(tmp_path)["tokenizer"]["chars"] == ["a"]
+
+
+def test_what_is_written_reaches_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(dataset.os, "fsync", synced.append)
+    dataset.write_dataset(tmp_path, {"train": [0], "val": [0]}, CharTokenizer.train("a"))
+    assert len(synced) == 4  # two splits, two meta files
+
+
+def test_line_ends_become_newlines_and_a_byte_order_mark_goes():
+    assert dataset.decode_text(b"\xef\xbb\xbfa\r\nb\rc\n", "x") == "a\nb\nc\n"
 
 
 def test_json_meta_is_plain(tmp_path):

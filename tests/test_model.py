@@ -180,6 +180,25 @@ def test_generation_leaves_the_model_in_its_mode_and_follows_torchs_generator():
     assert not torch.equal(model.generate(tokens(2, 3), 20), first)
 
 
+def test_dropout_acts_in_training_alone(monkeypatch):
+    model, idx, rates, calls = make(dropout=0.5), tokens(2, 8), [], []
+    plain = F.scaled_dot_product_attention
+
+    def attention(*arguments, dropout_p, **keywords):
+        rates.append(dropout_p)
+        return plain(*arguments, dropout_p=dropout_p, **keywords)
+
+    monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", attention)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda m, x, y: calls.append(torch.equal(x[0], y)))
+    for training in (True, False):
+        rates.clear(), calls.clear()
+        model.train(training)(idx)
+        assert rates == [0.5 * training] * 3
+        assert calls == [not training] * (2 * 3 + 1)  # two in each block, one on the embeddings
+
+
 def test_padding_rows_of_the_vocabulary_are_never_drawn():
     model = make()
     with torch.no_grad():

@@ -132,13 +132,13 @@ def test_a_failed_download_is_one_line_that_names_source(project, prepare, serve
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "can't be read"), (b"", "no text"), (b" \n\n", "no text"), (b"ab\xff\xfecd", "byte 2 is 0xff")],
+    [(None, "can't be read"), (b"", "empty"), (b"a", "too short"), (b"ab\xff\xfecd", "byte 2 is 0xff")],
 )
 def test_a_source_that_is_no_text_is_one_line(project, prepare, content, words):
     if content is not None:
         (project / "mine.txt").write_bytes(content)
     before = prepare("shakespeare_char", f"--source={project / 'mine.txt'}")
-    assert_user_error(before, "mine.txt", words)
+    assert_user_error(before, words)
     assert not (project / "data" / "shakespeare_char" / "train.bin").exists()
 
 

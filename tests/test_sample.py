@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, TINY, assert_user_error, flags
 
 import checkpoint
+import model
 import tokenizer
 
 LINE = "---------------\n"
@@ -45,10 +46,10 @@ def test_the_same_seed_gives_the_same_text_however_many_samples(trained, sample)
 def test_greedy_text_is_that_of_the_full_forward_pass(trained, sample):
     result = sample(start="line", temperature=0, num_samples=1, max_new_tokens=12)
     state = checkpoint.load(trained / "out" / "ckpt.pt")
-    model, tokens = checkpoint.build_model(state).eval(), tokenizer.from_data(state["tokenizer"])
+    network, tokens = checkpoint.build_model(state).eval(), tokenizer.from_data(state["tokenizer"])
     idx = torch.tensor([tokens.encode("line")])
     for _ in range(12):
-        idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+        idx = torch.cat((idx, network(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
     assert result.out == tokens.decode(idx[0].tolist()) + "\n" + LINE
 
 
@@ -63,17 +64,47 @@ def test_before_the_first_best_last_pt_serves(trained, sample):
     assert sample(num_samples=1).code == 0
 
 
+def test_top_k_and_dtype_reach_the_model(trained, sample, monkeypatch):
+    assert sample(top_k=1, num_samples=1).out == sample(temperature=0, num_samples=1).out
+    dtypes, plain = [], model.GPT.generate
+    monkeypatch.setattr(
+        model.GPT, "generate", lambda self, *a, **k: dtypes.append(self.lm_head.weight.dtype) or plain(self, *a, **k)
+    )
+    sample(dtype="bfloat16", num_samples=1)
+    assert dtypes == [torch.bfloat16]
+
+
 @pytest.mark.parametrize("meta", ["meta.json", "meta.pkl"])
 def test_a_checkpoint_of_nanogpt_samples_with_its_data_sets_characters(tiny, sample, meta):
     (tiny / "out").mkdir()
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 33, "dropout": 0.0}
     nanogpt.write(tiny / "out" / "ckpt.pt", torch.tensor(1.0), bias=True, **shape)
+    (tiny / "data" / "tiny" / "train.bin").unlink()  # the meta file alone is needed
     (tiny / "data" / "tiny" / ("meta.json" if meta == "meta.pkl" else "meta.pkl")).unlink()
     result = sample(start="fox", num_samples=1, max_new_tokens=5)
     assert result.code == 0 and result.out.startswith("fox"), result.err
 
 
+def test_a_checkpoint_of_nanogpt_without_meta_speaks_gpt2_tokens(tiny, sample, gpt2_bpe):
+    (tiny / "out").mkdir()
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 50304, "dropout": 0.0}
+    nanogpt.write(tiny / "out" / "ckpt.pt", 1.0, iter_num=1, dataset="openwebtext", bias=True, **shape)
+    result = sample(start="Hello", num_samples=1, max_new_tokens=5)
+    assert result.code == 0 and result.out.startswith("Hello"), result.err
+
+
+def test_a_tokenizer_that_the_model_has_no_rows_for_is_one_line(tiny, sample):
+    (tiny / "out").mkdir()
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 10, "dropout": 0.0}
+    nanogpt.write(tiny / "out" / "ckpt.pt", 1.0, bias=True, **shape)
+    assert_user_error(sample(start="fox"), "33 tokens", "only 10")
+    shutil.rmtree(tiny / "data")
+    assert_user_error(sample(start="fox"), "meta.pkl")
+
+
 def test_the_prompt_may_come_from_a_file(trained, sample):
+    (trained / "newline.txt").write_text("\n")
+    assert sample(start="FILE:newline.txt", num_samples=1).code == 0
     (trained / "prompt.txt").write_text("brown\nfox")
     assert sample(start="FILE:prompt.txt", num_samples=1).out.startswith("brown\nfox")
 
@@ -103,6 +134,8 @@ def test_padding_rows_are_never_sampled(tiny, sample, train):
     [
         ({"temperature": -0.5, "top_k": -1, "num_samples": 0}, ["temperature", "top_k", "num_samples"]),
         ({"temperature": "1e999"}, ["temperature"]),
+        ({"seed": 2**70}, ["seed"]),
+        ({"start": "FILE:a\0b"}, ["start"]),
         ({"max_new_tokens": 0}, ["max_new_tokens"]),
         ({"start": ""}, ["start"]),
         ({"start": "fox €"}, ["'€'"]),

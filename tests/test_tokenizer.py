@@ -19,7 +19,18 @@ def test_unknown_characters_are_named():
         CharTokenizer.train("abc").encode("axyb")
 
 
-@pytest.mark.parametrize("data", [None, {}, {"type": "word"}, {"type": "char"}, {"type": "char", "chars": [1]}, 3])
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        {},
+        {"type": "word"},
+        {"type": "char"},
+        {"type": "char", "chars": [1]},
+        {"type": "char", "chars": ["a", "a"]},
+        3,
+    ],
+)
 def test_data_that_describes_no_tokenizer_is_refused(data):
     with pytest.raises(UserError):
         tokenizer.from_data(data)
@@ -27,7 +38,8 @@ def test_data_that_describes_no_tokenizer_is_refused(data):
 
 def test_gpt2_tokens(gpt2_bpe):
     bpe = tokenizer.from_data(GPT2Tokenizer().to_data())
-    assert bpe.encode("Hello world<|endoftext|>") == [15496, 995, 50256]
+    assert bpe.encode("Hello world<|endoftext|>", special=True) == [15496, 995, 50256]
+    assert bpe.decode(bpe.encode("<|endoftext|>")) == "<|endoftext|>" and 50256 not in bpe.encode("<|endoftext|>")
     assert bpe.decode(bpe.encode("naïve 🙂 日本")) == "naïve 🙂 日本"
     assert all("�" not in bpe.decode(bpe.encode("é🙂日本")[:n]) for n in range(8)), "a character was cut"
 

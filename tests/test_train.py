@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from conftest import ROOT, TINY, assert_user_error, flags
 import checkpoint
 import dataset
 import model as model_module
+import runtime
 
 
 def load(path):
@@ -72,6 +74,11 @@ def test_max_iters_updates_are_made_and_the_last_is_evaluated_and_saved(tiny, tr
         assert state["iter_num"] == 7
         assert all(moments["step"] == 7 for moments in state["optimizer"]["state"].values())
     assert state["tokens_seen"] == 7 * 4 * 2 * 16
+
+
+def test_the_state_before_the_first_update_is_never_the_best(tiny, train):
+    train(max_iters=0)
+    assert not (tiny / "out" / "ckpt.pt").exists() and load(tiny / "out" / "last.pt")["iter_num"] == 0
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 11])
@@ -237,18 +244,24 @@ def test_a_checkpoint_of_nanogpt_resumes_and_goes_back(tiny, train, bias):
     assert all(moments["step"] == 9 for moments in optimizer.state.values())
 
 
-def test_the_first_resumed_update_is_nanogpts(tiny, train):
+@pytest.mark.parametrize("clip", [0.0, 0.02])
+def test_the_first_resumed_update_is_nanogpts(tiny, train, clip):
     """The same weights, moments and batch: one update here is the one that plain PyTorch makes."""
     (tiny / "out").mkdir()
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 33, "dropout": 0.0}
     nanogpt.write(tiny / "out" / "ckpt.pt", 9.0, iter_num=4, bias=False, **shape)
     reference, optimizer, _ = nanogpt.read(tiny / "out" / "ckpt.pt")
-    settings = {"learning_rate": 1e-3, "decay_lr": False, "dropout": 0.0, "max_iters": 5, "grad_clip": 0.0}
+    settings = {"learning_rate": 1e-3, "decay_lr": False, "dropout": 0.0, "max_iters": 5, "grad_clip": clip}
     assert train(init_from="resume", gradient_accumulation_steps=1, **settings).code == 0
     folder = tiny / "data" / "tiny"
     split = dataset.Split(folder, "train", dataset.load_meta(folder))
     x, y = split.windows(dataset.training_starts(np.arange(16, 20), len(split), 16, 1337), 16)
     torch.nn.functional.cross_entropy(reference(x).flatten(0, 1), y.flatten()).backward()
+    if clip:
+        norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm()
+        assert norm > clip
+        for parameter in reference.parameters():
+            parameter.grad *= clip / norm
     optimizer.step()
     ours = load(tiny / "out" / "last.pt")["model"]
     for name, tensor in reference.state_dict().items():
@@ -276,9 +289,11 @@ def test_a_resume_takes_the_architecture_from_the_checkpoint(tiny, run):
 def test_a_new_run_sets_the_old_one_aside(tiny, train):
     train(max_iters=2)
     before = load(tiny / "out" / "ckpt.pt")
+    train(max_iters=0)
     result = train(max_iters=3, seed=2)
-    assert "previous" in result.out
+    assert "previous-2" in result.out
     assert same(load(tiny / "out" / "previous" / "ckpt.pt"), before)
+    assert [path.name for path in (tiny / "out" / "previous-2").glob("*.pt")] == ["last.pt"]
     assert load(tiny / "out" / "ckpt.pt")["iter_num"] == 3
     assert [r["iter"] for r in records(tiny / "out") if "iter" in r] == [0, 1, 2]
 
@@ -338,6 +353,67 @@ def test_wandb_gets_the_figures_offline(tiny, train, monkeypatch):
     )
 
 
+def test_a_run_that_fails_to_start_leaves_the_earlier_one(tiny, train, monkeypatch):
+    import wandb
+
+    def fail(**keywords):
+        raise wandb.errors.UsageError("api_key not configured")
+
+    train(max_iters=2)
+    before = {path.name: path.read_bytes() for path in (tiny / "out").iterdir()}
+    monkeypatch.setattr(wandb, "init", fail)
+    assert_user_error(train(wandb_log=True), "WANDB_MODE=offline")
+    assert before == {path.name: path.read_bytes() for path in (tiny / "out").iterdir()}
+
+
+def test_weights_dropout_and_order_follow_the_seed(tiny, train, monkeypatch):
+    seeds, plain = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or plain(seed))
+    train(out_dir="a", max_iters=4)
+    train(out_dir="b", max_iters=4, seed=2)
+    assert len(set(seeds)) == 2 * (1 + 4), "each update has a dropout of its own, in each of the runs"
+    first = [records(tiny / name)[0]["val_loss"] for name in "ab"]
+    assert first[0] != first[1], "the initial weights differ"
+
+
+def test_the_optimizer_takes_its_settings(tiny, train):
+    train(max_iters=2, beta1=0.7, beta2=0.8, weight_decay=0.25, decay_lr=False, learning_rate=0.5, min_lr=0.1)
+    groups = load(tiny / "out" / "last.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert all(tuple(group["betas"]) == (0.7, 0.8) and group["lr"] == 0.5 for group in groups)
+
+
+def test_an_evaluation_reads_no_window_twice_over(tiny, train, monkeypatch):
+    """val has 500 tokens: 8 batches of 4 windows of 16 hold them all, however many eval_iters asks for."""
+    read, plain = [], dataset.Split.windows
+
+    def windows(self, starts, block_size):
+        read.append(len(starts))
+        return plain(self, starts, block_size)
+
+    monkeypatch.setattr(dataset.Split, "windows", windows)
+    train(eval_only=True, eval_iters=1000)
+    assert len(read) == 8 + math.ceil(2883 / 64)
+
+
+def test_bfloat16_is_what_the_run_computes_in(tiny, train):
+    for name in ("float32", "bfloat16"):
+        train(out_dir=name, dtype=name, max_iters=1)
+    ours, theirs = (records(tiny / name)[0]["val_loss"] for name in ("float32", "bfloat16"))
+    assert ours != theirs and ours == pytest.approx(theirs, abs=0.02)
+
+
+def test_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for features, expected in (
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
+        assert runtime.pick_dtype("auto", cpu) is expected
+    assert runtime.pick_dtype("bfloat16", cpu) is torch.bfloat16
+
+
 def test_a_compiled_run_trains_and_its_checkpoint_has_plain_names(tiny, train):
     if sys.platform != "linux":
         pytest.skip("compiles on Linux only")
@@ -392,6 +468,9 @@ WRONG = [
     ({"dtype": "float16"}, ["float16"]),
     ({"warmup_iters": 20}, ["warmup_iters", "lr_decay_iters"]),
     ({"max_iters": -1}, ["max_iters"]),
+    ({"seed": 2**70}, ["seed"]),
+    ({"batch_size": 10**20}, ["batch_size"]),
+    ({"out_dir": "a\0b"}, ["out_dir"]),
     ({"learning_rate": "1e999"}, ["learning_rate"]),
     ({"batch_size": 0, "dataset": "no", "device": "gpu", "out_dir": "data/tiny/val.bin"}, ["batch", "gpu", "out_"]),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ for validation, is code of the same kind; no file but the one at the border is i
 """
 
 import hashlib
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_files(root: Path) -> str:
     """The text of all files below `root` that are taken, with newlines alone as line ends."""
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     names = [name for name in names if not LEFT_OUT & set(name.parts)]
-    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    names.sort(key=lambda name: hashlib.sha256(os.fsencode(name.as_posix())).digest())
     texts = []
     for name in names:
         try:
@@ -45,7 +46,7 @@ def read_files(root: Path) -> str:
 def main() -> None:
     root = Path(source or sysconfig.get_path("stdlib"))
     text = read_files(root)
-    if not text.strip():
+    if not text:
         raise UserError(f"no Python source in {root}: name a folder of .py files with --source=FOLDER")
     tokenizer = CharTokenizer.train(text)
     print(f"length of dataset in characters: {len(text):,}")
