@@ -130,7 +130,7 @@ def peer_step(place: torch.device) -> Callable:
         optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, fused=place.type == "cuda" or None)
     on_gpu = place.type == "cuda"
     if on_gpu and compile:
-        runtime.compile_model(model, place)
+        model.compile()
     return step_of(model, optimizer, runtime.autocast(place, torch.bfloat16 if on_gpu else torch.float32), {})
 
 

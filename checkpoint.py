@@ -9,9 +9,11 @@ No random state is kept, because there is none: data and dropout follow from con
 
 import dataclasses
 import itertools
+import math
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +122,8 @@ def load(path: Path) -> dict:
     Raises UserError for a file that is truncated, holds more than tensors and plain values, or is no GPT checkpoint.
     """
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALAR):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY_SCALAR):
+            warnings.simplefilter("ignore")  # torch's remarks on foreign pickles say less than the errors below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values; it was not loaded") from error
@@ -140,10 +143,8 @@ def load(path: Path) -> dict:
             for name, tensor in state["model"].items()
             if not name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask that older code kept
         }
-        plain = {
-            "best_val_loss": float(state.get("best_val_loss", float("inf"))),
-            "iter_num": int(state.get("iter_num", 0)),
-        }
+        best, iter_num = float(state.get("best_val_loss", math.inf)), int(state.get("iter_num", 0))
+        plain = {"best_val_loss": math.inf if math.isnan(best) else best, "iter_num": max(0, iter_num)}
         return {**state, **plain, "model": model, "config": dict(state.get("config") or {}), "path": path}
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is no checkpoint of a GPT: {error}") from error
@@ -151,7 +152,10 @@ def load(path: Path) -> dict:
 
 def build_model(state: dict, dropout: float = 0.0) -> GPT:
     """The model that a loaded checkpoint describes, with its weights. Raises UserError where the two do not match."""
+    tied = [state["model"].get(name) for name in ("lm_head.weight", "transformer.wte.weight")]
     try:
+        if all(map(torch.is_tensor, tied)) and not torch.equal(*tied):
+            raise ValueError("its input and output embeddings differ, where GPT-2's are one")
         model = GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}))
         model.load_state_dict(state["model"])
     except (ValueError, TypeError, RuntimeError) as error:
@@ -185,14 +189,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
         state = {}
         for index, parameter in zip(order, parameters, strict=True):
             if index in saved["state"]:
-                state[index] = {k: _cropped(v, parameter) for k, v in saved["state"][index].items()}
+                moments = saved["state"][index]
+                state[index] = {k: _cropped(moments[k], parameter) for k in ("step", "exp_avg", "exp_avg_sq")}
+        if state and len(state) < len(parameters):
+            raise ValueError("some of its parameters have no moments")
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint['path']}: its optimizer does not fit this model ({error})") from error
 
 
 def _cropped(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    if not torch.is_tensor(value) or value.dim() == 0 or value.shape == parameter.shape:
+    if value.dim() == 0 or value.shape == parameter.shape:
         return value
     value = value[: parameter.size(0)]
     if value.shape != parameter.shape:

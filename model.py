@@ -175,6 +175,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1):
     """Mean cross-entropy of the logits hidden @ weight.T: hidden (N, C), weight (V, C), targets (N,) -> scalar."""
     if hidden.size(0) * weight.size(0) > LOSS_CHUNK_LOGITS:
+        if not torch.is_grad_enabled():  # autograd would ask for the gradients all the same
+            hidden, weight = hidden.detach(), weight.detach()
         return ChunkedCrossEntropy.apply(hidden, weight, targets, ignore_index)
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=ignore_index)
 
@@ -223,7 +225,8 @@ class GPT(nn.Module):
         position = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))
         for block in self.transformer.h:
-            x = block(x, cache)
+            # Compiled blocks are for training: behind a cache each step has another shape, and would compile again.
+            x = block(x) if cache is None else block.forward(x, cache)
         if cache is not None:
             cache.length = end
         return self.transformer.ln_f(x)
@@ -240,7 +243,7 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1], :]), None
         if return_logits:
             logits = self.lm_head(x)
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=-1)
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
             return logits, loss
         return None, cross_entropy(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1))
 

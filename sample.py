@@ -21,7 +21,7 @@ top_k = 200  # draw among the k likeliest tokens only; 0 is off
 seed = 1337  # sample k draws with seed + k, so that it is the same text however many there are
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is bfloat16 where the device computes in it
-compile = False  # compile the model with torch.compile: pays on GPUs and long texts
+compile = False  # accepted, as in nanoGPT, and without effect: one token at a time is not compiled
 # ----------------------------------------------------------------------------------------------------------------------
 _given = configurator.configure(globals())
 
@@ -91,7 +91,7 @@ def main() -> None:
     prompt = tokens.encode(read_start(), special=True)
     model.eval().to(place, runtime.pick_dtype(dtype, place))
     if compile:
-        runtime.compile_model(model, place)
+        print("note: compile=True changes nothing here, one token at a time is not compiled", file=sys.stderr)
     began = time.perf_counter()
     idx = torch.tensor([prompt] * num_samples, dtype=torch.long, device=place)
     seeds = [seed + k for k in range(num_samples)]

@@ -84,6 +84,7 @@ def test_a_damaged_checkpoint_is_one_problem(tmp_path):
         (lambda state: state["model_args"].update(n_head=3), "n_embd"),
         (lambda state: state["model_args"].update(n_embd="16"), "weights"),
         (lambda state: state["model"].popitem(), "weights"),
+        (lambda state: state["model"].update({"lm_head.weight": torch.zeros(28, 16)}), "embeddings differ"),
         (lambda state: state["model"].update({3: torch.zeros(1)}), "no checkpoint"),
         (lambda state: state.update(best_val_loss=None), "no checkpoint"),
         (lambda state: state.update(iter_num="x"), "no checkpoint"),
@@ -109,6 +110,26 @@ def test_moments_of_another_model_are_refused(tmp_path):
         other = GPT(GPTConfig(**{**ARGS, **change}))
         with pytest.raises(UserError, match="optimizer"):
             checkpoint.load_optimizer(other.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"), state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda moments: moments.pop(0),
+        lambda moments: moments[0].pop("exp_avg"),
+        lambda moments: moments[0].update(exp_avg=1.0),
+        lambda moments: moments.update({0: None}),
+    ],
+)
+def test_moments_that_are_incomplete_are_refused(tmp_path, change):
+    nanogpt.write(tmp_path / "ckpt.pt", float("nan"), **ARGS, bias=True)
+    state = checkpoint.load(tmp_path / "ckpt.pt")
+    assert state["best_val_loss"] == float("inf")
+    change(state["optimizer"]["state"])
+    with pytest.raises(UserError, match="optimizer"):
+        checkpoint.load_optimizer(
+            checkpoint.build_model(state).configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"), state
+        )
 
 
 def test_moments_follow_a_cropped_context(tmp_path):

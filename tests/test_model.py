@@ -110,6 +110,28 @@ def test_chunked_loss_has_the_loss_and_gradients_of_the_plain_one(monkeypatch, a
         torch.testing.assert_close(a, b, atol=2e-2 if autocast else 1e-6, rtol=5e-2 if autocast else 1e-4)
 
 
+def test_an_evaluation_takes_no_gradients(monkeypatch):
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", 1010)
+    asked, plain = [], model_module.ChunkedCrossEntropy.forward
+
+    def forward(ctx, *arguments):
+        asked.append(ctx.needs_input_grad[:2])
+        return plain(ctx, *arguments)
+
+    monkeypatch.setattr(model_module.ChunkedCrossEntropy, "forward", staticmethod(forward))
+    model, x = make(), tokens(2, 32)
+    with torch.no_grad():
+        model(x, x, return_logits=False)
+    model(x, x, return_logits=False)
+    assert asked == [(False, False), (True, True)]
+
+
+def test_targets_may_be_a_view_of_the_tokens():
+    idx = tokens(3, 33)
+    logits, loss = make()(idx[:, :-1], idx[:, 1:])
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()))
+
+
 def test_the_chunked_loss_never_holds_all_logits(monkeypatch):
     monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", 1010)
     seen = []

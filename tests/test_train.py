@@ -414,17 +414,20 @@ def test_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):
     assert runtime.pick_dtype("bfloat16", cpu) is torch.bfloat16
 
 
-def test_a_compiled_run_trains_and_its_checkpoint_has_plain_names(tiny, train):
+def test_a_compiled_run_resumes_exactly_and_its_checkpoint_has_plain_names(tiny, train):
     if sys.platform != "linux":
         pytest.skip("compiles on Linux only")
-    result = train(compile=True, max_iters=3, n_layer=1, dropout=0.0, eval_interval=3)
+    settings = {"max_iters": 6, "eval_interval": 3, "dropout": 0.0, "n_embd": 64, "batch_size": 16}
+    result = train(compile=True, **settings)
     assert result.code == 0, result.err
     assert not any("_orig_mod" in name for name in load(tiny / "out" / "ckpt.pt")["model"])
-    plain = train(out_dir="eager", max_iters=3, n_layer=1, dropout=0.0, eval_interval=3)
-    assert plain.code == 0
+    assert train(out_dir="eager", **settings).code == 0
     a, b = (records(tiny / name) for name in ("out", "eager"))
     for ours, theirs in zip(a, b, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
+    train(out_dir="cut", compile=True, **{**settings, "max_iters": 3})
+    assert train(out_dir="cut", compile=True, init_from="resume", **settings).code == 0
+    assert_same_run(tiny / "cut", tiny / "out")
 
 
 def test_without_a_compiler_a_run_warns_and_goes_on(tiny, start):
