@@ -67,7 +67,7 @@ def read_start() -> str:
         return start
     path = Path(start.removeprefix("FILE:"))
     try:
-        return dataset.decode_text(path.read_bytes(), str(path))
+        return tokenizer.decode_text(path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"start={start}: {getattr(error, 'strerror', None) or error}") from error
 

@@ -90,3 +90,14 @@ def from_data(data: dict) -> Tokenizer:
     """The tokenizer that `to_data` described. Raises UserError for data that describes none."""
     check_data(data)
     return GPT2Tokenizer() if data["type"] == "gpt2" else CharTokenizer(data["chars"])
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """The text of a UTF-8 file, with newlines as line ends. Raises UserError, which calls it `name`, for any other."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from error
+    if not text:
+        raise UserError(f"{name} is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

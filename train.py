@@ -329,6 +329,8 @@ def main() -> None:
     is_writing = processes.is_master and not eval_only
     wandb_run = start_wandb(config) if is_writing and wandb_log else None
     # Up to here anything may fail, and nothing has been written
+    if stopping and processes.world_size == 1:
+        return
     if is_writing and init_from != "resume":
         checkpoint.set_aside(Path(out_dir))
     if processes.is_master:

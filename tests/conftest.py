@@ -95,7 +95,7 @@ def start():
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Path:
     """A folder to stand in, with data/tiny prepared: about 3,000 characters of 28 kinds."""
-    import dataset
+    import corpus
     from tokenizer import CharTokenizer
 
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def tiny(tmp_path, monkeypatch) -> Path:
     tokenizer = CharTokenizer.train(text)
     (tmp_path / "data" / "tiny").mkdir(parents=True)
     ids = tokenizer.encode(text)
-    dataset.write_dataset(tmp_path / "data" / "tiny", {"train": ids[:-500], "val": ids[-500:]}, tokenizer)
+    corpus.write_dataset(tmp_path / "data" / "tiny", {"train": ids[:-500], "val": ids[-500:]}, tokenizer)
     return tmp_path
 
 

@@ -53,3 +53,7 @@ def test_missing_gpt2_tokens_are_one_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         GPT2Tokenizer()
+
+
+def test_line_ends_become_newlines_and_a_byte_order_mark_goes():
+    assert tokenizer.decode_text(b"\xef\xbb\xbfa\r\nb\rc\n", "x") == "a\nb\nc\n"

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TINY, assert_user_error, flags
 
 import checkpoint
+import corpus
 import dataset
 import model as model_module
 import runtime
@@ -510,7 +511,7 @@ def test_a_resume_with_another_tokenizer_is_refused(tiny, train):
     train(max_iters=2)
     (tiny / "data" / "other").mkdir()
     ids = [0, 1, 2] * 100
-    dataset.write_dataset(tiny / "data" / "other", {"train": ids, "val": ids}, CharTokenizer.train("xyz"))
+    corpus.write_dataset(tiny / "data" / "other", {"train": ids, "val": ids}, CharTokenizer.train("xyz"))
     assert_user_error(train(init_from="resume", dataset="other"), "another tokenizer")
 
 

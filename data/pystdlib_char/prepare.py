@@ -20,7 +20,7 @@ import configurator
 source = ""  # a folder of Python files to use instead of the standard library
 configurator.configure(globals())
 
-import dataset
+import corpus
 from configurator import UserError
 from tokenizer import CharTokenizer
 
@@ -54,7 +54,7 @@ def main() -> None:
     split = int(len(text) * 0.9)
     ids = tokenizer.encode(text)
     folder = Path(__file__).resolve().parent
-    dataset.write_dataset(folder, {"train": ids[:split], "val": ids[split:]}, tokenizer)
+    corpus.write_dataset(folder, {"train": ids[:split], "val": ids[split:]}, tokenizer)
 
 
 if __name__ == "__main__":

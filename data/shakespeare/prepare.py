@@ -16,16 +16,16 @@ source = ""  # a text file to use instead of the download
 url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"  # where to download
 configurator.configure(globals())
 
-import dataset
+import corpus
 from tokenizer import GPT2Tokenizer
 
 
 def main() -> None:
     folder = Path(__file__).resolve().parent
-    text = dataset.read_source(source, url, folder)
+    text = corpus.read_source(source, url, folder)
     tokenizer = GPT2Tokenizer()
     split = int(len(text) * 0.9)
-    dataset.write_dataset(
+    corpus.write_dataset(
         folder, {"train": tokenizer.encode(text[:split]), "val": tokenizer.encode(text[split:])}, tokenizer
     )
 

@@ -16,20 +16,20 @@ source = ""  # a text file to use instead of the download
 url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"  # where to download
 configurator.configure(globals())
 
-import dataset
+import corpus
 from tokenizer import CharTokenizer
 
 
 def main() -> None:
     folder = Path(__file__).resolve().parent
-    text = dataset.read_source(source, url, folder)
+    text = corpus.read_source(source, url, folder)
     tokenizer = CharTokenizer.train(text)
     print(f"length of dataset in characters: {len(text):,}")
     print("all the unique characters:", "".join(tokenizer.chars))
     print(f"vocab size: {tokenizer.vocab_size:,}")
     split = int(len(text) * 0.9)
     ids = tokenizer.encode(text)
-    dataset.write_dataset(folder, {"train": ids[:split], "val": ids[split:]}, tokenizer)
+    corpus.write_dataset(folder, {"train": ids[:split], "val": ids[split:]}, tokenizer)
 
 
 if __name__ == "__main__":
