@@ -134,7 +134,7 @@ def _configure(scope: dict, argv: list[str]) -> set[str]:
     scope.update({name: now[name] for name in given})
     if os.environ.get("RANK", "0") == "0":
         for name in sorted(given):
-            print(f"Overriding: {name} = {scope[name]!r}", file=sys.stderr)
+            print(f"Overriding: {name} = {scope[name]!r}")
     return given
 
 

@@ -404,7 +404,9 @@ def _pretrained_files(name: str) -> tuple[str, str]:
     if name not in GPT2_MODELS:
         raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_MODELS)}")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its remarks on every retry; what comes of them is said below
     try:
         return tuple(hf_hub_download(f"openai-community/{name}", file) for file in files)
     except Exception as error:  # the client raises a dozen kinds; all of them mean that there is no file

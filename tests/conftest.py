@@ -64,7 +64,9 @@ def run(monkeypatch, capfd):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             sys.stdout.flush()
-        return Result(code, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        settings = "".join(line for line in out.splitlines(keepends=True) if line.startswith("Overriding: "))
+        return Result(code, out.replace(settings, "", 1), err)
 
     return run
 
@@ -133,7 +135,7 @@ def gpt2_bpe() -> None:
 def assert_user_error(result: Result, *words: str) -> None:
     """Exit status 2, one line a problem on stderr, each word in it, and no traceback."""
     assert result.code == 2, result
-    lines = [line for line in result.err.splitlines() if not line.startswith("Overriding")]
+    lines = result.err.splitlines()
     assert lines and all(line.startswith("error: ") for line in lines), result.err
     for word in words:
         assert word in result.err, f"{word!r} is not in {result.err!r}"
