@@ -63,7 +63,7 @@ def check_settings() -> None:
     rules += [(0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}")]
     rules += [(mode == "train", f"mode must be train, not {mode!r}")]
     rules += [(not nanogpt or (Path(nanogpt) / "model.py").is_file(), f"nanogpt={nanogpt}: no model.py is there")]
-    looks = [lambda: runtime.pick_dtype(dtype, runtime.pick_device(device))]
+    looks = [lambda: runtime.check_machine(device, dtype)]
     if real_data:
         looks.append(lambda: data.find(dataset))
     configurator.check(rules, looks)

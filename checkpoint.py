@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import pickle
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -94,9 +95,12 @@ def set_aside(out_dir: Path) -> None:
     names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
     folder = next(out_dir / name for name in names if not (out_dir / name).exists())
     print(f"{out_dir} holds an earlier run; it is moved to {folder}")
-    folder.mkdir()
-    for path in found:
-        os.replace(path, folder / path.name)
+    try:
+        folder.mkdir()
+        for path in found:
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
 
 
 def to_use(out_dir: str) -> Path:
@@ -104,9 +108,19 @@ def to_use(out_dir: str) -> Path:
     return _existing(out_dir)[0]
 
 
-def to_resume(out_dir: str) -> Path:
-    """The checkpoint that is furthest on: last.pt, unless nanoGPT has carried ckpt.pt on since."""
-    return max(reversed(_existing(out_dir)), key=lambda path: load(path)["iter_num"])
+def load_furthest(out_dir: str) -> dict:
+    """The loaded checkpoint that is furthest on: last.pt, unless nanoGPT has carried ckpt.pt on since."""
+    states, problems = [], []
+    for path in reversed(_existing(out_dir)):
+        try:
+            states.append(load(path))
+        except UserError as error:
+            problems += error.problems
+    if not states:
+        raise UserError(*problems)
+    for problem in problems:
+        print(f"warning: {problem}; the other checkpoint serves", file=sys.stderr)
+    return max(states, key=lambda state: state["iter_num"])
 
 
 def _existing(out_dir: str) -> list[Path]:

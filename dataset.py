@@ -19,7 +19,7 @@ from configurator import UserError
 from tokenizer import GPT2Tokenizer, check_data
 
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
-SCAN_TOKENS = 2**26  # of each shard, looked at before a run starts; every batch is checked as it is read
+SCAN_TOKENS = 2**26  # of a split, looked at before a run starts; every batch is checked as it is read
 _MASK = 2**64 - 1
 
 
@@ -65,8 +65,10 @@ def load_meta(folder: Path) -> dict:
         elif (folder / "meta.pkl").exists():
             with open(folder / "meta.pkl", "rb") as file:
                 theirs = _PlainUnpickler(file).load()
-            chars = [theirs["itos"].get(i) for i in range(int(theirs["vocab_size"]))]
-            meta |= {"vocab_size": len(chars), "tokenizer": {"type": "char", "chars": chars}}
+            meta["vocab_size"], itos = theirs["vocab_size"], theirs.get("itos")
+            if itos is not None:
+                itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
+                meta["tokenizer"] = {"type": "char", "chars": [itos.get(i) for i in range(meta["vocab_size"])]}
         else:
             meta |= {"tokenizer": {"type": "gpt2"}}
         if meta["dtype"] not in ("uint16", "uint32"):
@@ -116,8 +118,8 @@ class Split:
         expected = (meta["tokens"] or {}).get(split, len(self))
         if expected != len(self):
             raise UserError(f"{self.name} holds {len(self)} tokens, and meta.json says {expected}: prepare it again")
-        for shard in self.shards:
-            self._check_ids(shard[:SCAN_TOKENS])
+        for shard, end in zip(self.shards, self.ends, strict=True):
+            self._check_ids(shard[: max(0, SCAN_TOKENS - int(end) + len(shard))])
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 LOSS_CHUNK_LOGITS = 2**25  # logits that the chunked loss holds at a time: 128 MiB in float32
-CPU_FLOAT32_ATTENTION = 512  # up to this context, PyTorch's bfloat16 attention on CPUs is slower than its float32 one
+CPU_FLOAT32_ATTENTION = 512  # up to this context, attention on CPUs trains faster in float32 than in bfloat16
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Hugging Face keeps GPT-2's names, without the "transformer." in front, and these weights transposed.
 GPT2_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -92,7 +92,7 @@ class CausalSelfAttention(nn.Module):
             assert cache.length == 0 or T == 1, "several tokens behind a cache would need a mask of their own"
             k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if cache is None and x.device.type == "cpu" and T <= CPU_FLOAT32_ATTENTION:
+        if self.training and x.device.type == "cpu" and T <= CPU_FLOAT32_ATTENTION:
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, is_causal=T > 1)
             y = y.to(q.dtype)
@@ -168,7 +168,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor):
         grad_hidden, grad_weight, count = ctx.saved_tensors
-        scale = grad_loss / count
+        scale = grad_loss / count.clamp(min=1)
         return (grad_hidden * scale).to(ctx.dtypes[0]), (grad_weight * scale).to(ctx.dtypes[1]), None, None
 
 
@@ -266,25 +266,28 @@ class GPT(nn.Module):
         if unknown := set(override_args) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(unknown))}")
         config_path, weights_path = _pretrained_files(model_type)
-        with open(config_path, encoding="utf-8") as file:
-            theirs = json.load(file)
+        try:
+            with open(config_path, encoding="utf-8") as file:
+                theirs = dict(json.load(file))
+            sizes = {name: theirs[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+            config = GPTConfig(block_size=theirs["n_positions"], **sizes, bias=True, **override_args)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{config_path} describes no GPT-2 ({error})") from error
         expected = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
         for key, value in expected.items():
             if theirs.get(key, value) != value:
                 raise ValueError(f"{config_path}: {key} is {theirs[key]!r}, and only {value!r} is read here")
         if theirs.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
             raise ValueError(f"{config_path}: activation {theirs['activation_function']!r} is not GPT-2's")
-        config = GPTConfig(
-            block_size=theirs["n_positions"],
-            **{name: theirs[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-            bias=True,
-            **override_args,
-        )
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        model = cls(config)
-        state = {}
-        for name, tensor in load_file(weights_path).items():
+        try:
+            tensors = load_file(weights_path)
+        except SafetensorError as error:
+            raise ValueError(f"{weights_path} is damaged ({error})") from error
+        model, state = cls(config), {}
+        for name, tensor in tensors.items():
             name = name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
                 continue  # the causal mask; the tied head
@@ -386,6 +389,7 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int | None, uniform: t
         threshold = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -math.inf)
     # The maximum is taken off first: divided by a tiny temperature, the logits themselves would overflow.
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
     probs = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]

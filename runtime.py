@@ -95,9 +95,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; for 'auto' bfloat16 where the device computes in it, else float32."""
-    if name != "auto" and name not in DTYPES:
-        raise UserError(f"unknown dtype {name!r}: use auto, {', '.join(DTYPES)}")
+    """The dtype of that name, of DTYPES; for 'auto' bfloat16 where the device computes in it, else float32."""
     has_bfloat16 = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "mps": lambda: False,  # not tried on such a machine yet
@@ -110,6 +108,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and device.type == "cuda" and not has_bfloat16():
         raise UserError(f"dtype 'bfloat16' is not in {torch.cuda.get_device_name(device)}: use float16 or float32")
     return DTYPES[name]
+
+
+def check_machine(device: str, dtype: str) -> None:
+    """Raises one UserError with what is wrong in either name, or in the two together."""
+    problems = [] if dtype in ("auto", *DTYPES) else [f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}"]
+    try:
+        pick_dtype("auto" if problems else dtype, pick_device(device))
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(*problems)
 
 
 def _cpu_has_bfloat16() -> bool:

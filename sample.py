@@ -55,7 +55,7 @@ def check_settings() -> None:
             f"init_from={init_from} is not resume, {', '.join(GPT2_MODELS)}, nor a folder",
         ),
     ]
-    looks = [lambda: runtime.pick_dtype(dtype, runtime.pick_device(device)), read_start]
+    looks = [lambda: runtime.check_machine(device, dtype), read_start]
     if init_from == "resume":
         looks.append(lambda: checkpoint.to_use(out_dir))
     configurator.check(rules, looks)

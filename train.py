@@ -110,10 +110,10 @@ def check_settings() -> None:
             f"init_from={init_from} is not scratch, resume, {', '.join(GPT2_MODELS)}, nor a folder",
         ),
     ]
-    looks = [lambda: data.find(dataset), lambda: runtime.pick_dtype(dtype, runtime.pick_device(device))]
+    looks = [lambda: data.find(dataset), lambda: runtime.check_machine(device, dtype)]
     if init_from == "resume":
         looks.append(lambda: checkpoint.to_use(out_dir))
-    elif not eval_only:
+    if not eval_only and not (init_from == "resume" and not os.path.isdir(out_dir)):
         looks.append(lambda: checkpoint.prepare_folder(out_dir))
     configurator.check(rules, looks)
 
@@ -127,7 +127,7 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
             vocab_size = math.ceil(vocab_size / ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO
         return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)), state
     if init_from == "resume":
-        state = checkpoint.load(checkpoint.to_resume(out_dir))
+        state = checkpoint.load_furthest(out_dir)
         source = str(state["path"])
         print(f"Resuming training from {source} at iteration {state['iter_num']}")
         model = checkpoint.build_model(state, dropout)
@@ -185,11 +185,14 @@ class Log:
         """Without a path (another rank, or eval_only) only the terminal is written to."""
         self.file, self.wandb = None, wandb_run
         if path:
-            kept = _records_before(path, iter_num, evaluated) if path.exists() else []
+            kept = _records_before(path, iter_num, evaluated) if path.is_file() else []
             partial = path.with_suffix(".tmp")
-            partial.write_text("".join(kept), encoding="utf-8")
-            os.replace(partial, path)
-            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run
+            try:
+                partial.write_text("".join(kept), encoding="utf-8")
+                os.replace(partial, path)
+                self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run
+            except OSError as error:
+                raise UserError(f"{path} can't be written: {error.strerror or error}") from error
         show = path is not None and sys.stderr.isatty()
         self.bar = tqdm(total=max_iters, initial=iter_num, unit="iter", disable=not show, dynamic_ncols=True)
 
@@ -212,7 +215,11 @@ class Log:
         tqdm.write(line)
         sys.stdout.flush()
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
+            plain = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+            try:
+                self.file.write(json.dumps(plain) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.file.name} can't be written: {error.strerror or error}") from error
         if self.wandb:  # nanoGPT's names
             theirs = {"step": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}
             self.wandb.log({theirs.get(key, key): value for key, value in record.items()})
@@ -261,8 +268,7 @@ def main() -> None:
     model_args = dataclasses.asdict(raw_model.config)
     T = raw_model.config.block_size
     splits = {name: data.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
-    for split in splits.values():
-        split.check_length(T)
+    configurator.check([], [lambda split=split: split.check_length(T) for split in splits.values()])
     raw_model.to(place)
     optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), place.type)
     scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
@@ -289,9 +295,9 @@ def main() -> None:
     def loss_of(network: torch.nn.Module, split: data.Split, starts: np.ndarray) -> torch.Tensor:
         x, y = split.windows(starts, T)
         if place.type == "cuda":  # from pinned memory the copy runs while the GPU computes
-            x, y = x.pin_memory(), y.pin_memory()
+            x, y = x.pin_memory().to(place, non_blocking=True), y.pin_memory().to(place, non_blocking=True)
         with autocast:
-            return network(x.to(place, non_blocking=True), y.to(place, non_blocking=True), return_logits=False)[1]
+            return network(x.to(place), y.to(place), return_logits=False)[1]
 
     @torch.no_grad()
     def estimate_loss() -> dict[str, float] | None:
@@ -340,7 +346,7 @@ def main() -> None:
     log = Log(Path(out_dir) / checkpoint.LOG if is_writing else None, iter_num, evaluated, wandb_run)
     started, timed = time.perf_counter(), 0  # of the updates since the last log line or evaluation
     while True:
-        if not evaluated and (iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only):
+        if eval_only or (not evaluated and (iter_num % eval_interval == 0 or iter_num >= max_iters)):
             losses = estimate_loss()
             if losses is not None:
                 improved = losses["val"] < best_val_loss

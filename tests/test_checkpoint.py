@@ -176,13 +176,16 @@ def test_a_value_that_is_not_finite_is_never_written(tmp_path):
     assert torch.load(tmp_path / "ckpt.pt") == {"a": 1}
 
 
-def test_the_checkpoint_furthest_on_is_resumed(tmp_path):
+def test_the_checkpoint_furthest_on_is_resumed(tmp_path, capsys):
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.to_use(str(tmp_path))
     nanogpt.write(tmp_path / "last.pt", 1.0, iter_num=3, **ARGS, bias=True)
     assert checkpoint.to_use(str(tmp_path)).name == "last.pt"
     nanogpt.write(tmp_path / "ckpt.pt", 1.0, iter_num=3, **ARGS, bias=True)
     assert checkpoint.to_use(str(tmp_path)).name == "ckpt.pt"
-    assert checkpoint.to_resume(str(tmp_path)).name == "last.pt"
+    assert checkpoint.load_furthest(str(tmp_path))["path"].name == "last.pt"
     nanogpt.write(tmp_path / "ckpt.pt", 1.0, iter_num=4, **ARGS, bias=True)  # nanoGPT went on in this folder
-    assert checkpoint.to_resume(str(tmp_path)).name == "ckpt.pt"
+    assert checkpoint.load_furthest(str(tmp_path))["path"].name == "ckpt.pt"
+    (tmp_path / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes()[:3000])
+    assert checkpoint.load_furthest(str(tmp_path))["path"].name == "last.pt"
+    assert "ckpt.pt" in capsys.readouterr().err

@@ -150,6 +150,10 @@ def test_nanogpts_meta_is_read(tmp_path):
     theirs = {"vocab_size": 3, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(theirs))
     meta = dataset.load_meta(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3}))
+    assert dataset.load_meta(tmp_path)["vocab_size"] == 3 and dataset.load_meta(tmp_path)["tokenizer"] is None
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": list("\nab")}))
+    assert dataset.load_meta(tmp_path)["tokenizer"] == meta["tokenizer"]
     assert meta["vocab_size"] == 3 and meta["tokenizer"] == {"type": "char", "chars": ["\n", "a", "b"]}
     (tmp_path / "meta.pkl").unlink()
     assert dataset.load_meta(tmp_path)["tokenizer"] == {"type": "gpt2"}

@@ -241,7 +241,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax():
     torch.testing.assert_close(shares(0.5, 0), (logits[0] / 0.5).softmax(0), atol=1e-3, rtol=0)
     kept = torch.tensor([1.0, -math.inf, -math.inf, 2.0, -math.inf]).softmax(0)
     torch.testing.assert_close(shares(1.0, 2), kept, atol=1e-3, rtol=0)
-    assert shares(1e-30, None)[3] == 1 and shares(0, None)[3] == 1
+    assert shares(1e-30, None)[3] == 1 and shares(1e-50, None)[3] == 1 and shares(0, None)[3] == 1
     edge = torch.tensor([0.0, 1 - 2**-24])
     assert draw(logits.expand(2, 5), 1.0, 99, edge).tolist() == [0, 3]
 
@@ -341,6 +341,13 @@ def test_a_folder_that_is_no_gpt2_is_refused_by_name(gpt2_folder):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=words):
             GPT.from_pretrained(str(folder))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="describes no GPT-2"):
+        GPT.from_pretrained(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        GPT.from_pretrained(str(folder))
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"model\.safetensors"):
         GPT.from_pretrained(str(folder))
