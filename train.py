@@ -251,6 +251,7 @@ def main() -> None:
     processes, place = runtime.start_processes(device, backend)
     compute_dtype = runtime.pick_dtype(dtype, place)
     autocast = runtime.autocast(place, compute_dtype)
+    alone = processes.world_size == 1
     stopping = []  # signals that came in: the run ends at the next iteration's border, and at once on a second one
 
     def stop(number, frame):
@@ -284,7 +285,7 @@ def main() -> None:
     if compile:
         runtime.compile_model(raw_model, place)
     model = raw_model
-    if processes.world_size > 1:
+    if not alone:
         model = torch.nn.parallel.DistributedDataParallel(
             raw_model, device_ids=[processes.local_rank] if place.type == "cuda" else None
         )
@@ -309,7 +310,7 @@ def main() -> None:
             starts = data.evaluation_starts(len(split), T, batches * batch_size).reshape(batches, batch_size)
             total = torch.zeros((), device=place)
             for batch in starts[processes.rank :: processes.world_size]:
-                if stopping and processes.world_size == 1:
+                if stopping and alone:
                     return None
                 total += loss_of(raw_model, split, batch)
             losses[name] = processes.sum(total).item() / batches
@@ -335,7 +336,7 @@ def main() -> None:
     is_writing = processes.is_master and not eval_only
     wandb_run = start_wandb(config) if is_writing and wandb_log else None
     # Up to here anything may fail, and nothing has been written
-    if stopping and processes.world_size == 1:
+    if stopping and alone:
         return
     if is_writing and init_from != "resume":
         checkpoint.set_aside(Path(out_dir))
@@ -345,6 +346,7 @@ def main() -> None:
         print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
     log = Log(Path(out_dir) / checkpoint.LOG if is_writing else None, iter_num, evaluated, wandb_run)
     started, timed = time.perf_counter(), 0  # of the updates since the last log line or evaluation
+    agreed = False  # to stop: several processes have to, so that none waits for another
     while True:
         if eval_only or (not evaluated and (iter_num % eval_interval == 0 or iter_num >= max_iters)):
             losses = estimate_loss()
@@ -358,7 +360,7 @@ def main() -> None:
                     is_best = iter_num > 0 and (improved or always_save_checkpoint)
                     save(*([checkpoint.BEST] if is_best else []), checkpoint.LAST)
             started, timed = time.perf_counter(), 0
-        if iter_num >= max_iters or eval_only or stopping:
+        if iter_num >= max_iters or eval_only or agreed or (stopping and alone):
             break
 
         # One update: its data and its dropout depend on the seed, iter_num and the rank, and on no history
@@ -369,12 +371,10 @@ def main() -> None:
             group["lr"] = lr
         loss = torch.zeros(2, device=place)  # the mean over all micro-batches; whether a signal came in
         for micro_step in range(micro_steps):
-            row = (
-                iter_num * gradient_accumulation_steps + micro_step * processes.world_size + processes.rank
-            ) * batch_size
-            rows = np.arange(row, row + batch_size)
+            nth = iter_num * gradient_accumulation_steps + micro_step * processes.world_size + processes.rank
+            rows = np.arange(nth * batch_size, (nth + 1) * batch_size)
             starts = data.training_starts(rows, len(splits["train"]), T, seed)
-            if processes.world_size > 1:  # gradients travel once an update
+            if not alone:  # gradients travel once an update
                 model.require_backward_grad_sync = micro_step == micro_steps - 1
             micro_loss = loss_of(model, splits["train"], starts) / micro_steps
             scaler.scale(micro_loss).backward()
@@ -393,28 +393,22 @@ def main() -> None:
             loss[1] = len(stopping)
             mean_loss, stops = (processes.sum(loss) / processes.world_size).tolist()  # waits for the GPU
             seconds = (time.perf_counter() - started) / timed
-            mfu = raw_model.estimate_mfu(
-                gradient_accumulation_steps * batch_size / processes.world_size, seconds, peak or 1
-            )
+            sequences = gradient_accumulation_steps * batch_size / processes.world_size  # of this device
+            mfu = raw_model.estimate_mfu(sequences, seconds, peak) if peak else None
             if not math.isfinite(mean_loss):
                 raise UserError(
                     f"the loss is {mean_loss} at iteration {iter_num}: the run diverged. What {out_dir} holds is from "
                     "before; lower learning_rate and resume it"
                 )
             if processes.is_master:
-                log.iteration(
-                    iter_num, mean_loss, lr, grad_norm, seconds, tokens_per_iter / seconds, mfu if peak else None
-                )
-            if stops and not stopping:  # another rank was told
-                stopping.append(signal.SIGTERM)
+                log.iteration(iter_num, mean_loss, lr, grad_norm, seconds, tokens_per_iter / seconds, mfu)
+            agreed = stops > 0
             started, timed = time.perf_counter(), 0
         iter_num, evaluated = iter_num + 1, False
         log.bar.update()
 
-    if stopping and is_writing and not evaluated:
-        print(
-            f"stopped by {signal.Signals(stopping[0]).name} after {iter_num} iterations, saving checkpoint to {out_dir}"
-        )
+    if (agreed or stopping) and is_writing and not evaluated:
+        print(f"stopped by a signal after {iter_num} iterations, saving checkpoint to {out_dir}")
         save(checkpoint.LAST)
     log.close()
     runtime.stop_processes(processes)
