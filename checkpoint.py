@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from model import GPT, GPTConfig
+from model import CAUSAL_MASKS, GPT, GPTConfig
 
 BEST, LAST, LOG = "ckpt.pt", "last.pt", "log.jsonl"
 # nanoGPT may store best_val_loss as a numpy scalar: a dtype and its bytes, no code.
@@ -77,12 +77,11 @@ def _replace(partial: Path, path: Path) -> None:
             os.close(folder)
 
 
-def prepare_folder(out_dir: str) -> Path:
+def prepare_folder(out_dir: str) -> None:
     """Creates out_dir and makes sure that a file can be written there."""
     try:
         os.makedirs(out_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            return Path(out_dir)
+        tempfile.TemporaryFile(dir=out_dir).close()
     except (OSError, ValueError) as error:
         raise UserError(f"out_dir {out_dir!r} can't be written: {getattr(error, 'strerror', None) or error}") from error
 
@@ -155,7 +154,7 @@ def load(path: Path) -> dict:
         model = {
             name.removeprefix("_orig_mod."): tensor
             for name, tensor in state["model"].items()
-            if not name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask that older code kept
+            if not name.endswith(CAUSAL_MASKS)
         }
         best, iter_num = float(state.get("best_val_loss", math.inf)), int(state.get("iter_num", 0))
         plain = {"best_val_loss": math.inf if math.isnan(best) else best, "iter_num": max(0, iter_num)}

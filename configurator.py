@@ -54,7 +54,9 @@ def user_errors():
         _drop_output()
         _exit(f"the disk is full: {error.filename or 'standard output'}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|alloc", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(
+            "out of memory|not enough memory|can't allocate memory", str(error)
+        ):
             raise
         _exit(f"not enough memory; lower the sizes of model or batch ({error})")
 

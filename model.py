@@ -18,6 +18,7 @@ from torch.nn import functional as F
 LOSS_CHUNK_LOGITS = 2**25  # logits that the chunked loss holds at a time: 128 MiB in float32
 CPU_FLOAT32_ATTENTION = 512  # up to this context, attention on CPUs trains faster in float32 than in bfloat16
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # not weights, though older code kept them among the weights
 # Hugging Face keeps GPT-2's names, without the "transformer." in front, and these weights transposed.
 GPT2_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -289,8 +290,8 @@ class GPT(nn.Module):
         model, state = cls(config), {}
         for name, tensor in tensors.items():
             name = name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-                continue  # the causal mask; the tied head
+            if name.endswith(CAUSAL_MASKS) or name == "lm_head.weight":  # which is tied
+                continue
             state["transformer." + name] = tensor.t() if name.endswith(GPT2_TRANSPOSED) else tensor
         state["lm_head.weight"] = state.get("transformer.wte.weight")
         try:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from configurator import UserError, check
 from model import GPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +60,7 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
     if found.type == "cuda":
         found = pick_device(f"cuda:{processes.local_rank}")
         torch.cuda.set_device(found)
-    if found.type != "cuda":
+    else:
         backend = "gloo"
     try:
         dist.init_process_group(backend)
@@ -69,8 +69,8 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
     return processes, found
 
 
-def stop_processes(processes: Processes) -> None:
-    if processes.world_size > 1 or dist.is_initialized():
+def stop_processes() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -112,13 +112,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def check_machine(device: str, dtype: str) -> None:
     """Raises one UserError with what is wrong in either name, or in the two together."""
-    problems = [] if dtype in ("auto", *DTYPES) else [f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}"]
-    try:
-        pick_dtype("auto" if problems else dtype, pick_device(device))
-    except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(*problems)
+    known = dtype in ("auto", *DTYPES)
+    rule = (known, f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    check([rule], [lambda: pick_dtype(dtype if known else "auto", pick_device(device))])
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -11,9 +11,7 @@ import configurator
 # Settings
 init_from = "resume"  # resume (a checkpoint in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with those
 out_dir = "out"  # folder of the checkpoint; ignored if init_from is not resume
-start = (
-    "\n"  # the prompt (a newline is $'\n' in a shell); FILE:prompt.txt reads a file; <|endoftext|> is GPT-2's marker
-)
+start = "\n"  # the prompt ($'\n' in a shell); FILE:prompt.txt reads a file; <|endoftext|> is GPT-2's marker
 num_samples = 10  # texts to generate
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # 0 takes the likeliest token each time; 1 draws as the model predicts; above 1 is more random
@@ -23,7 +21,7 @@ device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is bfloat16 where the device computes in it
 compile = False  # accepted, as in nanoGPT, and without effect: one token at a time is not compiled
 # ----------------------------------------------------------------------------------------------------------------------
-_given = configurator.configure(globals())
+configurator.configure(globals())
 
 import math
 import os

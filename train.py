@@ -411,7 +411,7 @@ def main() -> None:
         print(f"stopped by a signal after {iter_num} iterations, saving checkpoint to {out_dir}")
         save(checkpoint.LAST)
     log.close()
-    runtime.stop_processes(processes)
+    runtime.stop_processes()
 
 
 if __name__ == "__main__":
