@@ -101,13 +101,13 @@ def step_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, autocast, 
     return step
 
 
-def our_step(place: torch.device) -> Callable:
+def our_step(place: torch.device) -> tuple[GPT, Callable]:
     compute_dtype = runtime.pick_dtype(dtype, place)
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(place)
     optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
     if compile:
         runtime.compile_model(model, place)
-    return step_of(model, optimizer, runtime.autocast(place, compute_dtype), {"return_logits": False})
+    return model, step_of(model, optimizer, runtime.autocast(place, compute_dtype), {"return_logits": False})
 
 
 def peer_step(place: torch.device) -> Callable:
@@ -134,7 +134,7 @@ def peer_step(place: torch.device) -> Callable:
     return step_of(model, optimizer, runtime.autocast(place, torch.bfloat16 if on_gpu else torch.float32), {})
 
 
-def timed(step: Callable, source: Iterator, count: int, place: torch.device) -> float:
+def timed(step: Callable, source: Iterator, count: int) -> float:
     """Seconds a step."""
     began = time.perf_counter()
     for _ in range(count):
@@ -149,17 +149,19 @@ def main() -> None:
     place = runtime.pick_device(device)
     torch.manual_seed(seed)
     source = batches(place)
-    ours = our_step(place)
-    compile_s = timed(ours, source, 2, place)  # also warms up
+    model, ours = our_step(place)
+    compile_s = timed(ours, source, 2)  # also warms up
     if profile:
         with torch.profiler.profile() as profiler:
-            timed(ours, source, steps, place)
+            timed(ours, source, steps)
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
         return
+    on_gpu = place.type == "cuda"
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None  # ours alone, before the peer is there
     torch.manual_seed(seed)
     peer = peer_step(place)
-    timed(peer, source, 2, place)
-    pairs = [(timed(ours, source, steps, place), timed(peer, source, steps, place)) for _ in range(rounds)]
+    timed(peer, source, 2)
+    pairs = [(timed(ours, source, steps), timed(peer, source, steps)) for _ in range(rounds)]
     ours_s, peer_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     tokens = batch_size * block_size
@@ -175,12 +177,11 @@ def main() -> None:
         "first_steps_s": 2 * compile_s,
     }
     record |= {"peer_tokens_per_s": tokens / peer_s, "device": str(place), "torch": str(torch.__version__)}
-    if place.type == "cuda":
-        record |= {"gpu": torch.cuda.get_device_name(place), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if on_gpu:
+        record |= {"gpu": torch.cuda.get_device_name(place), "peak_gib": peak_gib}
     peak = runtime.peak_flops(place, runtime.pick_dtype(dtype, place))
     if peak:
-        flops = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd)).flops_per_token()
-        record["mfu"] = flops * tokens / ours_s / peak
+        record["mfu"] = model.estimate_mfu(batch_size, ours_s, peak)
     print(json.dumps(record))
 
 
