@@ -1,19 +1,25 @@
-"""Measures the speed of a training step, side by side with a plain one, and prints the ratio.
+"""Measures the speed of training, or of generating text, side by side with a plain way, and prints the ratio.
 
     python bench.py --n_layer=6 --n_head=6 --n_embd=384 --batch_size=16 --block_size=256 --vocab_size=65
-    python bench.py --nanogpt=PATH        # the peer is the model.py of a nanoGPT checkout, trained as its bench.py does
+    python bench.py --mode=decode --batch_size=1 --dtype=bfloat16
+    python bench.py --nanogpt=PATH        # the peer is the model.py of a nanoGPT checkout, used as its own scripts do
 
-Without --nanogpt the peer is this model, trained as nanoGPT would train it here: all logits held at once; on a CPU in
-float32, uncompiled, with the unfused AdamW. The two take turns, round after round, so that a drift of the machine's
-speed meets both; the figure is the median over the rounds. The last line is JSON.
+Without --nanogpt the peer is this model, used as nanoGPT would use it here. In training: all logits held at once; on a
+CPU in float32, uncompiled, with the unfused AdamW. In decoding: the whole context computed anew for each token, in
+float32 on a CPU; of its tokens only every 16th is computed. The two take turns, round after round, so that a drift of
+the machine's speed meets both; the figure is the median over the rounds. The last line is JSON.
 """
 
 import configurator
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
-mode = "train"  # what is measured: train, a step of forward, backward and update
+mode = (
+    "train"  # what is measured: train, a step of forward, backward and update; decode, new tokens of batch_size texts
+)
 batch_size = 12  # sequences in a step
+max_new_tokens = 256  # tokens that each text grows by, in decode
+quantize = ""  # int8, in decode: weights in 8 bits (CPUs)
 block_size = 1024  # tokens in a sequence
 vocab_size = 50304  # rows of the embedding; with real_data, the data's own ids must fit
 n_layer = 12  # transformer blocks
@@ -38,6 +44,7 @@ import importlib.util
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +53,7 @@ import numpy as np
 import torch
 
 import dataset as data
+import decode
 import runtime
 from configurator import UserError
 from model import GPT, GPTConfig
@@ -61,7 +69,9 @@ def check_settings() -> None:
     shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
     rules += [(False, problem) for problem in shape.problems()]
     rules += [(0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}")]
-    rules += [(mode == "train", f"mode must be train, not {mode!r}")]
+    rules += [(mode in ("train", "decode"), f"mode must be train or decode, not {mode!r}")]
+    rules += [(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")]
+    rules += [(quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}")]
     rules += [(not nanogpt or (Path(nanogpt) / "model.py").is_file(), f"nanogpt={nanogpt}: no model.py is there")]
     looks = [lambda: runtime.check_machine(device, dtype)]
     if real_data:
@@ -110,7 +120,7 @@ def our_step(place: torch.device) -> tuple[GPT, Callable]:
     return model, step_of(model, optimizer, runtime.autocast(place, compute_dtype), {"return_logits": False})
 
 
-def peer_step(place: torch.device) -> Callable:
+def peer_model(place: torch.device) -> torch.nn.Module:
     if nanogpt:
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(nanogpt) / "model.py")
         theirs = importlib.util.module_from_spec(spec)
@@ -123,7 +133,11 @@ def peer_step(place: torch.device) -> Callable:
         network, settings = GPT, GPTConfig
     shape = {"block_size": block_size, "vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_head}
     shape |= {"n_embd": n_embd, "dropout": dropout, "bias": bias}
-    model = network(settings(**shape)).to(place)
+    return network(settings(**shape)).to(place)
+
+
+def peer_step(place: torch.device) -> Callable:
+    model = peer_model(place)
     if nanogpt:
         optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
     else:
@@ -144,44 +158,79 @@ def timed(step: Callable, source: Iterator, count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def main() -> None:
-    check_settings()
-    place = runtime.pick_device(device)
-    torch.manual_seed(seed)
+def train_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[], float], dict]:
+    """Two functions that take a turn and return seconds a token, ours and the peer's, and what else is to be told."""
     source = batches(place)
     model, ours = our_step(place)
-    compile_s = timed(ours, source, 2)  # also warms up
+    record = {"first_steps_s": 2 * timed(ours, source, 2)}  # also warms up
     if profile:
         with torch.profiler.profile() as profiler:
             timed(ours, source, steps)
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
-        return
-    on_gpu = place.type == "cuda"
-    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None  # ours alone, before the peer is there
+        sys.exit()
+    if place.type == "cuda":
+        record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # ours alone, before the peer is there
     torch.manual_seed(seed)
-    peer = peer_step(place)
+    peer, tokens = peer_step(place), batch_size * block_size
     timed(peer, source, 2)
-    pairs = [(timed(ours, source, steps), timed(peer, source, steps)) for _ in range(rounds)]
+    if peak := runtime.peak_flops(place, runtime.pick_dtype(dtype, place)):
+        record["mfu_of"] = lambda seconds: model.estimate_mfu(batch_size, seconds * tokens, peak)
+    return lambda: timed(ours, source, steps) / tokens, lambda: timed(peer, source, steps) / tokens, record
+
+
+def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[], float], dict]:
+    """As train_turns."""
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)).eval()
+    peer = peer_model(place).eval()
+    kept = runtime.pick_dtype(dtype, place)
+    often = 10**9 if compile else 0  # compile whatever it costs
+    engine = decode.prepare(model, place, kept, quantize == "int8", batch_size, often, compile)
+    prompt = torch.randint(vocab_size, (1, 1), generator=torch.Generator().manual_seed(seed)).to(place)
+    idx = prompt.expand(batch_size, 1 + max_new_tokens)
+    stride = 16
+    bits = 8 if quantize else 8 * kept.itemsize
+
+    def ours() -> float:
+        began = time.perf_counter()
+        model.generate(prompt.repeat(batch_size, 1), max_new_tokens, temperature=0, engine=engine)[0, -1].item()
+        return (time.perf_counter() - began) / (batch_size * max_new_tokens)
+
+    @torch.no_grad()
+    def theirs() -> float:
+        began, lengths = time.perf_counter(), range(1, max_new_tokens + 1, stride)
+        with runtime.autocast(place, kept if place.type == "cuda" else torch.float32):
+            for length in lengths:
+                peer(idx[:, max(0, length - block_size) : length])[0].argmax().item()
+        return (time.perf_counter() - began) / (batch_size * len(lengths))
+
+    ours(), theirs()
+    weights = model.get_num_params() * bits / 8
+    share = {"weight_bytes": weights, "memory_bytes_per_s": runtime.memory_speed(place)}
+    return ours, theirs, share
+
+
+def main() -> None:
+    check_settings()
+    place = runtime.pick_device(device)
+    torch.manual_seed(seed)
+    ours, peer, record = (train_turns if mode == "train" else decode_turns)(place)
+    pairs = [(ours(), peer()) for _ in range(rounds)]
     ours_s, peer_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
-    tokens = batch_size * block_size
-    name = "nanoGPT" if nanogpt else "plain step"
-    print(f"ours:       {ours_s * 1000:9.2f} ms/step {tokens / ours_s:12,.0f} tokens/s")
-    print(f"{name + ':':<11} {peer_s * 1000:9.2f} ms/step {tokens / peer_s:12,.0f} tokens/s")
-    print(f"ratio:      {ratio:9.2f}x (median of {rounds} rounds of {steps} steps)")
-    record = {
-        "mode": mode,
-        "ratio": ratio,
-        "peer": name,
-        "tokens_per_s": tokens / ours_s,
-        "first_steps_s": 2 * compile_s,
-    }
-    record |= {"peer_tokens_per_s": tokens / peer_s, "device": str(place), "torch": str(torch.__version__)}
-    if on_gpu:
-        record |= {"gpu": torch.cuda.get_device_name(place), "peak_gib": peak_gib}
-    peak = runtime.peak_flops(place, runtime.pick_dtype(dtype, place))
-    if peak:
-        record["mfu"] = model.estimate_mfu(batch_size, ours_s, peak)
+    name = "nanoGPT" if nanogpt else "plain step" if mode == "train" else "full forward"
+    for who, seconds in (("ours", ours_s), (name, peer_s)):
+        print(f"{who + ':':<14} {1000 * seconds:10.4f} ms/token {1 / seconds:12,.1f} tokens/s")
+    print(f"{'ratio:':<14} {ratio:10.2f}x (median of {rounds} rounds)")
+    if mode == "decode":
+        read = record["weight_bytes"] / (batch_size * ours_s)
+        record["memory_share"] = read / record["memory_bytes_per_s"]
+        print(f"{'weights read:':<14} {read / 1e9:10.1f} GB/s, {record['memory_share']:.0%} of what a plain sum reads")
+    if mfu_of := record.pop("mfu_of", None):
+        record["mfu"] = mfu_of(ours_s)
+    record |= {"mode": mode, "ratio": ratio, "peer": name, "tokens_per_s": 1 / ours_s, "peer_tokens_per_s": 1 / peer_s}
+    record |= {"device": str(place), "torch": str(torch.__version__)}
+    if place.type == "cuda":
+        record["gpu"] = torch.cuda.get_device_name(place)
     print(json.dumps(record))
 
 

@@ -9,6 +9,7 @@ Shapes: B batch, T time, C = n_embd channels, V vocabulary, head_dim = C / n_hea
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,25 +45,69 @@ class GPTConfig:
         return found
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, for each layer, in memory that is reserved once.
+@dataclass
+class Sampling:
+    """How the next token is chosen from the logits, in the order of the fields."""
 
-    keys, values: (n_layer, B, n_head, block_size, head_dim). `length` counts the positions that are filled.
+    repetition_penalty: float = 1.0  # logits of tokens already in the text: divided if positive, else multiplied
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int | None = None  # keeps the k likeliest tokens; 0 or None keeps all
+    top_p: float = 1.0  # keeps the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # keeps tokens at least this likely, relative to the likeliest
+
+    def problems(self) -> list[str]:
+        """What is out of range, one line each."""
+        rules = [
+            (0 < self.repetition_penalty < math.inf, "repetition_penalty must be a positive number (1 is off)"),
+            (0 <= self.temperature < math.inf, "temperature must be 0 (greedy) or a positive number"),
+            (self.top_k is None or self.top_k >= 0, "top_k must be 0 (off) or a positive number"),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1 (off)"),
+            (0 <= self.min_p <= 1, "min_p must be from 0 (off) to 1"),
+        ]
+        return [f"{rule}, not {getattr(self, rule.split()[0])}" for holds, rule in rules if not holds]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, row by row, in memory that is reserved once.
+
+    keys, values: (n_layer, B, n_head, capacity, head_dim). Of row b, lengths[b] positions are filled.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
-        head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+    def __init__(self, config: GPTConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, rows, config.n_head, capacity, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked value counts 0 times, and 0 x NaN
+        self.values = torch.zeros(shape, device=device, dtype=dtype)  # would be NaN
+        self.lengths = [0] * rows
+        self.filling: list[int] | None = None  # the rows that a prompt is read for; None in a step
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores k, v (B, n_head, T, head_dim) behind `length`; returns all keys and values up to them."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def open_step(self) -> torch.Tensor:
+        """Readies the cache for one more token a row; returns their positions (B,)."""
+        self.end = max(self.lengths) + 1
+        self.at = torch.tensor(self.lengths, device=self.keys.device)
+        self.is_even = min(self.lengths) == max(self.lengths)
+        seen = torch.arange(self.end, device=self.at.device) <= self.at[:, None]
+        self.mask = None if self.is_even else seen[:, None, None]  # (B, 1, 1, end)
+        self.lengths = [length + 1 for length in self.lengths]
+        return self.at
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Stores k, v (B, n_head, T, head_dim); returns the keys and values to attend to, and a mask or None.
+
+        A prompt (one for all the rows in `filling`) attends to itself; a step's one token to all its row holds.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if self.filling is not None:
+            keys[self.filling, :, : k.size(2)] = k.to(keys.dtype)
+            values[self.filling, :, : v.size(2)] = v.to(values.dtype)
+            return k, v, None
+        if self.is_even:
+            keys[:, :, self.end - 1] = k[:, :, 0]
+            values[:, :, self.end - 1] = v[:, :, 0]
+        else:
+            rows = torch.arange(len(self.lengths), device=self.at.device)
+            keys[rows, :, self.at] = k[:, :, 0].to(keys.dtype)
+            values[rows, :, self.at] = v[:, :, 0].to(values.dtype)
+        return keys[:, :, : self.end], values[:, :, : self.end], self.mask
 
 
 class LayerNorm(nn.Module):
@@ -86,20 +131,26 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """x: (B, T, C). With a cache, T tokens into an empty one (prefill), or one token behind it (decode)."""
+        """x: (B, T, C). With a cache, T tokens of a prompt, or one token behind what the cache holds."""
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        mask = None
         if cache is not None:
-            assert cache.length == 0 or T == 1, "several tokens behind a cache would need a mask of their own"
-            k, v = cache.extend(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        if self.training and x.device.type == "cpu" and T <= CPU_FLOAT32_ATTENTION:
+            k, v, mask = cache.extend(self.layer, k, v)
+        if torch.compiler.is_exporting():  # a compiled step: written out, it becomes loops of its own
+            scores = (q * k).sum(-1, keepdim=True).transpose(2, 3) / math.sqrt(q.size(-1))  # (B, n_head, 1, end)
+            weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+            y = (weights.transpose(2, 3) * v).sum(2, keepdim=True)
+        elif self.training and x.device.type == "cpu" and T <= CPU_FLOAT32_ATTENTION:
             with torch.autocast("cpu", enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout, is_causal=T > 1)
-            y = y.to(q.dtype)
+                y = F.scaled_dot_product_attention(
+                    q.float(), k.float(), v.float(), dropout_p=self.dropout, is_causal=T > 1
+                )
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, n_head, T, head_dim)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, dropout_p=dropout, is_causal=T > 1)
+        y = y.to(q.dtype).transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -217,19 +268,12 @@ class GPT(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
-    def _hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """The final layer norm's output (B, T, C) for tokens idx (B, T), which stand behind what the cache holds."""
-        start = 0 if cache is None else cache.length
-        end = start + idx.size(1)
-        if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit in block_size {self.config.block_size}")
-        position = torch.arange(start, end, device=idx.device)
+    def _hidden(self, idx: torch.Tensor, position: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """The final layer norm's output (B, T, C) for tokens idx (B, T) at the given positions, (T,) or (B, T)."""
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))
         for block in self.transformer.h:
             # Compiled blocks are for training: behind a cache each step has another shape, and would compile again.
             x = block(x) if cache is None else block.forward(x, cache)
-        if cache is not None:
-            cache.length = end
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True):
@@ -239,7 +283,9 @@ class GPT(nn.Module):
         mean loss in nats; return_logits=False gives None for the logits and takes the loss in chunks, which saves their
         memory. Raises ValueError where T is over block_size.
         """
-        x = self._hidden(idx)
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"{idx.size(1)} tokens do not fit in block_size {self.config.block_size}")
+        x = self._hidden(idx, torch.arange(idx.size(1), device=idx.device))
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         if return_logits:
@@ -323,7 +369,113 @@ class GPT(nn.Module):
         """
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache for `rows` texts of up to `length` tokens, in the dtype that attention computes in.
+
+        On CPUs that is float32: in bfloat16 attention to a cache takes several times as long.
+        """
+        weight = self.lm_head.weight
+        dtype = weight.dtype
+        if weight.device.type == "cpu":
+            dtype = torch.float32
+        elif torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return KVCache(self.config, rows, min(length, self.config.block_size), weight.device, dtype)
+
     @torch.no_grad()
+    def prefill(self, prompt: Sequence[int], cache: KVCache, rows: list[int]) -> torch.Tensor:
+        """Reads a prompt of up to block_size tokens once, for all the given rows of the cache, in place of what they
+        held. Returns the logits of the token that follows, (V,).
+        """
+        idx = torch.as_tensor(prompt, device=self.lm_head.weight.device)
+        cache.filling = rows
+        x = self._hidden(idx[None], torch.arange(len(idx), device=idx.device), cache)
+        cache.filling = None
+        for row in rows:
+            cache.lengths[row] = len(idx)
+        return self.lm_head(x[0, -1:])[0]
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Puts one token (B,) behind each row of the cache; returns the logits of those that follow, (B, V)."""
+        position = cache.open_step()
+        return self.lm_head(self._hidden(tokens[:, None], position[:, None], cache)[:, 0])
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        vocab_size: int | None = None,
+        seeds: Sequence[int] | None = None,
+        engine=None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Continues the prompts, lists of ids of any lengths; yields max_new_tokens times the next token of each, (B,),
+        and the logits (B, V) that it was drawn from, as they were before `sampling`.
+
+        Ids from vocab_size on are never drawn. Row b draws with seeds[b], whatever the other rows are; without seeds,
+        torch's generator serves. Equal prompts are read once. `engine` takes the steps and makes the cache for them: an
+        object with this class's `step` and `new_cache`, by default the model itself.
+
+        Each token is drawn given all before it while they fit in block_size. A longer prompt counts by its last
+        block_size tokens, and whenever a row's context is full its older half is dropped, so that the cost of a token
+        stays what it is: within a half, the context is from half to all of block_size long.
+
+        Raises ValueError for an empty prompt or a setting out of range.
+        """
+        sampling, engine = sampling or Sampling(), engine or self
+        if problems := sampling.problems():
+            raise ValueError("; ".join(problems))
+        if not prompts or not all(prompts):
+            raise ValueError("the prompt must hold at least one token")
+        block_size, device, rows = self.config.block_size, self.lm_head.weight.device, len(prompts)
+        copies = 1
+        if rows == 1 and device.type == "cpu" and self.lm_head.weight.dtype != torch.float32:
+            copies = 2  # oneDNN rounds a single row otherwise than several, and this row shall be the same in any batch
+        if seeds is None:
+            uniform = torch.rand(max_new_tokens, rows)
+        else:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            uniform = torch.stack([torch.rand(max_new_tokens, generator=generator) for generator in generators], dim=1)
+        prompts, uniform = list(prompts) * copies, uniform.repeat(1, copies).to(device)
+        training = self.training
+        self.eval()
+        try:
+            cache = engine.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
+            same: dict[tuple[int, ...], list[int]] = {}
+            for row, prompt in enumerate(prompts):
+                same.setdefault(tuple(prompt), []).append(row)
+            logits = torch.empty(len(prompts), self.lm_head.weight.size(0), device=device)
+            for prompt, its_rows in same.items():
+                logits[its_rows] = self.prefill(prompt[-block_size:], cache, its_rows).float()
+            text: list[torch.Tensor] = []  # the tokens drawn so far, each (B,)
+            seen = None
+            if sampling.repetition_penalty != 1:
+                seen = torch.zeros_like(logits[:, :vocab_size], dtype=torch.bool)
+                for prompt, its_rows in same.items():
+                    seen[its_rows] = seen[its_rows].index_fill(1, torch.tensor(prompt, device=device), True)
+            for n in range(max_new_tokens):
+                logits = logits[:, :vocab_size].float()
+                tokens = draw(logits, sampling, uniform[n], seen)
+                yield tokens[:rows], logits[:rows]
+                if seen is not None:
+                    seen.scatter_(1, tokens[:, None], True)
+                if n + 1 == max_new_tokens:
+                    break
+                for row, length in enumerate(cache.lengths):
+                    if length == block_size:
+                        keep = max(1, block_size // 2) - 1  # and with the new token, half
+                        drawn = torch.stack(text[-keep:])[:, row] if text and keep else uniform.new_empty(0)
+                        context = torch.cat((torch.tensor(prompts[row], device=device), drawn))[-keep:]
+                        cache.lengths[row] = 0
+                        if keep:
+                            self.prefill(context.long(), cache, [row])
+                text.append(tokens)
+                logits = engine.step(tokens, cache)
+        finally:
+            self.train(training)
+
     def generate(
         self,
         idx: torch.Tensor,
@@ -331,67 +483,48 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         vocab_size: int | None = None,
-        seeds: list[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        engine=None,
+        **sampling: float,
     ) -> torch.Tensor:
         """Continues the prompts idx (B, T) int64 by max_new_tokens; returns (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token. top_k keeps the k likeliest (and what ties with the last of them); 0 or
-        None keeps all. Ids from vocab_size on are never drawn. Row b draws its tokens with seeds[b], whatever the other
-        rows are; without seeds, torch's generator serves.
-
-        Each token is drawn given all before it while they fit in block_size. A longer prompt counts by its last
-        block_size tokens, and whenever the context is full its older half is dropped, so that the cost of a token stays
-        what it is: within a half, the context is from half to all of block_size long.
-
-        Raises ValueError for an empty prompt or a setting out of range.
+        Further keywords are Sampling's: top_p, min_p, repetition_penalty. The rest is as `stream` describes it.
         """
-        c = self.config
-        if idx.dim() != 2 or idx.size(1) == 0:
-            raise ValueError("the prompt must hold at least one token")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or a positive number, not {temperature}")
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, not {top_k}")
-        if seeds is None:
-            uniform = torch.rand(idx.size(0), max_new_tokens)
-        else:
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            uniform = torch.stack([torch.rand(max_new_tokens, generator=generator) for generator in generators])
-        uniform = uniform.to(idx.device)
-        training = self.training
-        self.eval()
-        length = idx.size(1)
-        tokens = torch.cat((idx, idx.new_empty(idx.size(0), max_new_tokens)), dim=1)
-        cache = KVCache(c, idx.size(0), idx.device, self._cache_dtype(idx.device.type))
-        context = tokens[:, max(0, length - c.block_size) : length]  # what the cache does not hold yet
-        for n in range(max_new_tokens):
-            if cache.length == c.block_size:
-                cache.length = 0
-                context = tokens[:, length - max(1, c.block_size // 2) : length]
-            logits = self.lm_head(self._hidden(context, cache)[:, -1])[:, :vocab_size]  # (B, V)
-            tokens[:, length] = draw(logits.float(), temperature, top_k, uniform[:, n])
-            context = tokens[:, length : length + 1]
-            length += 1
-        self.train(training)
-        return tokens
-
-    def _cache_dtype(self, device_type: str) -> torch.dtype:
-        """The dtype that keys and values are computed in."""
-        if torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-        return self.lm_head.weight.dtype
+        if idx.dim() != 2:
+            raise ValueError("idx must be of shape (B, T)")
+        how = Sampling(temperature=temperature, top_k=top_k, **sampling)
+        steps = self.stream(idx.tolist(), max_new_tokens, how, vocab_size, seeds, engine)
+        return torch.cat((idx, *(tokens[:, None] for tokens, _ in steps)), dim=1)
 
 
-def draw(logits: torch.Tensor, temperature: float, top_k: int | None, uniform: torch.Tensor) -> torch.Tensor:
-    """Draws a token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) in [0, 1) -> (B,)."""
-    if temperature == 0:
+def draw(
+    logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Draws a token a row by inverting the cumulative distribution of what `sampling` leaves.
+
+    logits (B, V) float32, uniform (B,) in [0, 1), seen (B, V) bool, the tokens that are in the text already -> (B,).
+    What ties with the last token that is kept is kept too. The repetition penalty is CTRL's (Keskar et al., 2019),
+    top_p nucleus sampling (Holtzman et al., 2019), min_p that of Nguyen et al. (2024).
+    """
+    if seen is not None:
+        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    if top_k:
-        threshold = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+    if sampling.top_k:
+        threshold = logits.topk(min(sampling.top_k, logits.size(-1)), sorted=False).values.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, -math.inf)
     # The maximum is taken off first: divided by a tiny temperature, the logits themselves would overflow.
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
     probs = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    if sampling.top_p < 1:
+        ordered = probs.sort(dim=-1, descending=True).values
+        before = ordered.cumsum(dim=-1) - ordered  # the mass of what is likelier
+        last = (before < sampling.top_p).sum(dim=-1, keepdim=True).clamp(min=1) - 1
+        probs = probs.masked_fill(probs < ordered.gather(1, last), 0)
+    if sampling.min_p > 0:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(dim=-1, keepdim=True), 0)
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]
     point = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))

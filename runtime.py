@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,7 +139,7 @@ def compile_model(model: GPT, device: torch.device) -> None:
     The blocks share one piece of compiled code, so that depth costs no compile time. The embeddings stay out: compiled
     for a CPU, their gradient is summed by atomic additions in whatever order, and no two runs would be equal.
     """
-    why = _why_no_compiler(device)
+    why = why_no_compiler(device)
     if why:
         print(f"warning: compile=True is not possible ({why}); going on without", file=sys.stderr)
         return
@@ -146,7 +147,8 @@ def compile_model(model: GPT, device: torch.device) -> None:
         block.compile()
 
 
-def _why_no_compiler(device: torch.device) -> str:
+def why_no_compiler(device: torch.device) -> str:
+    """What is missing to compile for the device; empty if nothing is."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -169,3 +171,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def memory_speed(device: torch.device) -> float:
+    """Bytes/s that the device reads from its memory: a sum over half a gibibyte, the best of five."""
+    data, times = torch.ones(2**27, device=device), []
+    for _ in range(5):
+        began = time.perf_counter()
+        data.sum().item()  # which waits for a GPU
+        times.append(time.perf_counter() - began)
+    return data.numel() * data.element_size() / min(times)

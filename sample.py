@@ -2,7 +2,7 @@
 
 python sample.py --out_dir=out-shakespeare-char
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3 --temperature=0
-python sample.py --init_from=gpt2-xl --start="FILE:prompt.txt" --max_new_tokens=100
+python sample.py --init_from=gpt2-xl --start="FILE:prompt.txt" --max_new_tokens=100 --quantize=int8
 """
 
 import configurator
@@ -12,62 +12,98 @@ import configurator
 init_from = "resume"  # resume (a checkpoint in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with those
 out_dir = "out"  # folder of the checkpoint; ignored if init_from is not resume
 start = "\n"  # the prompt ($'\n' in a shell); FILE:prompt.txt reads a file; <|endoftext|> is GPT-2's marker
-num_samples = 10  # texts to generate
+prompt_per_line = False  # every line of the file that start names is a prompt of its own
+num_samples = 10  # texts to generate for each prompt
 max_new_tokens = 500  # tokens in each
+stop = ""  # a text ends before this; several are separated by stop_separator
+stop_separator = "||"  # between the strings of stop
 temperature = 0.8  # 0 takes the likeliest token each time; 1 draws as the model predicts; above 1 is more random
 top_k = 200  # draw among the k likeliest tokens only; 0 is off
+top_p = 1.0  # draw among the likeliest tokens that together have this probability; 1 is off
+min_p = 0.0  # draw among tokens that have this share of the likeliest one's probability; 0 is off
+repetition_penalty = 1.0  # above 1, tokens that the text already holds become less likely; 1 is off
 seed = 1337  # sample k draws with seed + k, so that it is the same text however many there are
+logprobs = ""  # a file to write: for each text a line of JSON with its tokens and the model's log-probability of each
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
-dtype = "auto"  # auto, float32, bfloat16, float16; auto is bfloat16 where the device computes in it
-compile = False  # accepted, as in nanoGPT, and without effect: one token at a time is not compiled
+dtype = "auto"  # auto, float32, bfloat16, float16; auto is float32 on CPUs, bfloat16 on GPUs that compute in it
+quantize = ""  # int8 keeps the weights in 8 bits, with a scale for each row (CPUs)
+compile = True  # on CPUs: compile the step, where that pays or was done before
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
 
-import math
+import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import checkpoint
 import dataset
+import decode
 import runtime
 import tokenizer
 from configurator import UserError
-from model import GPT, GPT2_MODELS
+from model import GPT, GPT2_MODELS, Sampling
+
+GPU_CHUNK = 16  # tokens that a GPU is ahead of what is shown, so that it need not wait
+SEPARATOR = "---------------"
+
+
+def how() -> Sampling:
+    return Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
 
 
 def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings."""
-    rules = [
+    rules = [(False, problem) for problem in how().problems()]
+    rules += [
         (num_samples >= 1, f"num_samples must be at least 1, not {num_samples}"),
         (max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}"),
-        (0 <= temperature < math.inf, f"temperature must be 0 (greedy) or a positive number, not {temperature}"),
-        (top_k >= 0, f"top_k must be 0 (off) or a positive number, not {top_k}"),
         (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (start != "", "start must hold at least one character"),
+        (not prompt_per_line or start.startswith("FILE:"), "prompt_per_line needs start=FILE:…"),
+        (not stop or (stop_separator and all(stops())), f"stop={stop!r} holds an empty string"),
+        (quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}"),
         (
             init_from in ("resume", *GPT2_MODELS) or os.path.isdir(init_from),
             f"init_from={init_from} is not resume, {', '.join(GPT2_MODELS)}, nor a folder",
         ),
     ]
-    looks = [lambda: runtime.check_machine(device, dtype), read_start]
+    looks = [lambda: runtime.check_machine(device, dtype), read_prompts]
+    if quantize:
+        looks.append(check_quantize)
     if init_from == "resume":
         looks.append(lambda: checkpoint.to_use(out_dir))
     configurator.check(rules, looks)
 
 
-def read_start() -> str:
-    """The prompt itself, or the text of the file that it names."""
+def check_quantize() -> None:
+    if (place := runtime.pick_device(device)).type != "cpu":
+        raise UserError(f"quantize={quantize} is for CPUs, not for {place.type}: leave it out, or add --device=cpu")
+
+
+def stops() -> list[str]:
+    return stop.split(stop_separator) if stop else []
+
+
+def read_prompts() -> list[str]:
+    """start itself, or the text of the file that it names, or each of its lines."""
     if not start.startswith("FILE:"):
-        return start
+        return [start]
     path = Path(start.removeprefix("FILE:"))
     try:
-        return tokenizer.decode_text(path.read_bytes(), str(path))
+        text = tokenizer.decode_text(path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"start={start}: {getattr(error, 'strerror', None) or error}") from error
+    if not prompt_per_line:
+        return [text]
+    lines = text.removesuffix("\n").split("\n")
+    if empty := [str(n) for n, line in enumerate(lines, 1) if not line]:
+        raise UserError(f"start={start}: each line is a prompt, and empty is line {', '.join(empty)}")
+    return lines
 
 
 def load() -> tuple[GPT, tokenizer.Tokenizer]:
@@ -82,24 +118,104 @@ def load() -> tuple[GPT, tokenizer.Tokenizer]:
     return model, tokenizer.from_data(data)
 
 
+def encode(prompts: list[str], tokens: tokenizer.Tokenizer, block_size: int) -> list[list[int]]:
+    """The ids of the prompts. Raises UserError for what the tokenizer or the context has no room for."""
+    if impossible := [s for s in stops() if not tokens.can_write(s)]:
+        raise UserError(f"stop={impossible[0]!r} can never come: the tokenizer lacks one of its characters")
+    ids = [tokens.encode(prompt, special=True) for prompt in prompts]
+    if (longest := max(map(len, ids))) > block_size:
+        print(f"note: of a prompt of {longest} tokens the model sees the last {block_size}", file=sys.stderr)
+    return ids
+
+
+def check_memory(model: GPT, rows: int, length: int, place: torch.device) -> None:
+    """Raises UserError where the cache would not fit."""
+    c, there = model.config, runtime.available_memory(place)
+    element = 4 if place.type == "cpu" else runtime.pick_dtype(dtype, place).itemsize
+    needed = 2 * c.n_layer * c.n_embd * rows * min(length, c.block_size) * element
+    if there is not None and needed > there:
+        raise UserError(
+            f"{rows} texts of {length} tokens need {needed / 2**30:.1f} GiB of cache, and {there / 2**30:.1f} GiB are "
+            "free: take fewer samples or prompts, or a smaller max_new_tokens"
+        )
+
+
+def generate(model: GPT, engine, rows: list[list[int]], vocab_size: int, ahead: int) -> Iterator[tuple[list, list]]:
+    """Yields, token for token, the ids and the log-probabilities of all rows; reads them `ahead` tokens at a time."""
+    seeds = [seed + n % num_samples for n in range(len(rows))]
+    waiting = []
+    for n, (ids, logits) in enumerate(model.stream(rows, max_new_tokens, how(), vocab_size, seeds, engine), 1):
+        given = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0] if logprobs else ids
+        waiting.append(torch.stack((ids.double(), given.double())))
+        if len(waiting) == ahead or n == max_new_tokens:
+            for id_row, given_row in torch.stack(waiting).tolist():
+                yield list(map(int, id_row)), given_row
+            waiting = []
+
+
+def write_report(text: str) -> None:
+    try:
+        Path(logprobs).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"logprobs={logprobs}: {error.strerror}") from error
+
+
 def main() -> None:
     check_settings()
     place = runtime.pick_device(device)
+    kept = torch.float32 if dtype == "auto" and place.type == "cpu" else runtime.pick_dtype(dtype, place)
     model, tokens = load()
-    prompt = tokens.encode(read_start(), special=True)
-    model.eval().to(place, runtime.pick_dtype(dtype, place))
-    if compile:
-        print("note: compile=True changes nothing here, one token at a time is not compiled", file=sys.stderr)
-    began = time.perf_counter()
-    idx = torch.tensor([prompt] * num_samples, dtype=torch.long, device=place)
-    seeds = [seed + k for k in range(num_samples)]
-    out = model.generate(idx, max_new_tokens, temperature, top_k, vocab_size=tokens.vocab_size, seeds=seeds).tolist()
+    prompts = read_prompts()
+    ids = encode(prompts, tokens, model.config.block_size)
+    rows = [prompt for prompt in ids for _ in range(num_samples)]
+    check_memory(model, len(rows), max(map(len, ids)) + max_new_tokens, place)
+    if logprobs:
+        write_report("")  # that it can be written shows before the work, not after it
+    engine = decode.prepare(model.eval(), place, kept, quantize == "int8", len(rows), max_new_tokens, compile)
+    streams = [tokenizer.TextStream(tokens, stops()) for _ in rows]
+    texts = [prompts[n // num_samples] for n in range(len(rows))]  # what is still to be shown of each
+    drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in rows]
+    began, steps, shown = time.perf_counter(), 0, 0
+
+    def show(is_end: bool = False) -> None:
+        """Writes what is certain: one text after the other, each as far as it is known."""
+        nonlocal shown
+        while shown < len(rows):
+            sys.stdout.write(texts[shown])
+            texts[shown] = ""
+            if not (is_end or streams[shown].is_done):
+                break
+            sys.stdout.write(f"\n{SEPARATOR}\n")
+            shown += 1
+        if sys.stdout.isatty():
+            sys.stdout.flush()
+
+    show()
+    for new_ids, new_logprobs in generate(
+        model, engine, rows, tokens.vocab_size, 1 if place.type == "cpu" else GPU_CHUNK
+    ):
+        steps += 1
+        for row, stream in enumerate(streams):
+            if not stream.is_done:
+                texts[row] += stream.feed(new_ids[row])
+                drawn[row][0].append(new_ids[row])
+                drawn[row][1].append(new_logprobs[row])
+        show()
+        if shown == len(rows):
+            break
     seconds = time.perf_counter() - began
-    for ids in out:
-        print(tokens.decode(ids))
-        print("---------------")
-    rate = num_samples * max_new_tokens / seconds
-    print(f"{num_samples} x {max_new_tokens} tokens in {seconds:.2f} s, {rate:,.0f} tokens/s", file=sys.stderr)
+    for row, stream in enumerate(streams):
+        texts[row] += stream.finish()
+    show(is_end=True)
+    if logprobs:
+        lines = []
+        for row, (its_ids, its_logprobs) in enumerate(drawn):
+            pieces = [tokens.token_bytes(i).decode("utf-8", "replace") for i in its_ids]
+            line = {"prompt": prompts[row // num_samples], "ids": its_ids, "tokens": pieces, "logprobs": its_logprobs}
+            lines.append(json.dumps(line) + "\n")
+        write_report("".join(lines))
+    rate = len(rows) * steps / seconds
+    print(f"{len(rows)} x {steps} tokens in {seconds:.2f} s, {rate:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

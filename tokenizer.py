@@ -36,6 +36,12 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.chars[i] or "" for i in ids)
 
+    def token_bytes(self, i: int) -> bytes:
+        return (self.chars[i] or "").encode("utf-8", "surrogatepass")
+
+    def can_write(self, text: str) -> bool:
+        return set(text) <= self._ids.keys()
+
     def to_data(self) -> dict:
         return {"type": "char", "chars": self.chars}
 
@@ -64,11 +70,51 @@ class GPT2Tokenizer:
         """Invalid UTF-8 shows as U+FFFD; a character whose last bytes are still to come is left out."""
         return codecs.getincrementaldecoder("utf-8")("replace").decode(self._bpe.decode_bytes(list(ids)))
 
+    def token_bytes(self, i: int) -> bytes:
+        return self._bpe.decode_single_token_bytes(i)
+
+    def can_write(self, text: str) -> bool:
+        return True
+
     def to_data(self) -> dict:
         return {"type": "gpt2"}
 
 
 Tokenizer = CharTokenizer | GPT2Tokenizer
+
+
+class TextStream:
+    """The text of ids that come one by one, up to the first of `stops`, which may span tokens.
+
+    What is given out is final: a character waits for its last byte, and what may be the beginning of a stop waits until
+    it is one or is none. `is_done` tells that a stop was met; what comes after it is ignored.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self._tokenizer, self._stops = tokenizer, stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.is_done = False
+
+    def feed(self, i: int) -> str:
+        """Takes the next id; returns the text that is certain now."""
+        if self.is_done:
+            return ""
+        self._held += self._decoder.decode(self._tokenizer.token_bytes(i))
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            self.is_done = True
+            return self.finish(min(found))
+        longest = max(map(len, self._stops), default=0) - 1  # of the beginnings of stops
+        tails = (self._held[-n:] for n in range(min(longest, len(self._held)), 0, -1))
+        tail = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
+        text, self._held = self._held[: len(self._held) - len(tail)], tail
+        return text
+
+    def finish(self, end: int | None = None) -> str:
+        """What was still held back. An incomplete character at the end is left out."""
+        text, self._held = self._held[:end], ""
+        return text
 
 
 def check_data(data: object, vocab_size: int | None = None) -> None:

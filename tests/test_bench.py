@@ -22,6 +22,16 @@ def test_the_last_line_is_json_with_the_ratio(bench):
     assert once["ratio"] == pytest.approx(once["tokens_per_s"] / once["peer_tokens_per_s"])
 
 
+@pytest.mark.parametrize("settings", [{}, {"quantize": "int8"}, {"dtype": "bfloat16", "batch_size": 9}], ids=str)
+def test_decoding_is_measured_against_the_full_forward_pass(bench, settings):
+    result = bench(mode="decode", max_new_tokens=20, **settings)
+    assert result.code == 0, result.err
+    record = json.loads(result.out.splitlines()[-1])
+    assert record["mode"] == "decode" and record["peer"] == "full forward"
+    assert record["ratio"] > 0 and record["memory_share"] > 0
+    assert record["weight_bytes"] % (1 if settings.get("quantize") else 2) == 0
+
+
 def test_it_reads_real_data(bench):
     assert bench(real_data=True, dataset="tiny").code == 0
     assert_user_error(bench(real_data=True, dataset="tiny", vocab_size=20), "vocabulary of 20")
@@ -48,6 +58,7 @@ def test_profile_shows_where_the_time_goes(bench):
         ({"nanogpt": "nowhere"}, ["nowhere"]),
         ({"nanogpt": "broken"}, ["broken/model.py", "nothing_of_that_name"]),
         ({"seed": -1}, ["seed"]),
+        ({"mode": "decode", "max_new_tokens": 0, "quantize": "int3"}, ["max_new_tokens", "int3"]),
         ({"real_data": True, "dataset": "nothing"}, ["'nothing'"]),
         ({"dtype": "float16"}, ["float16"]),
     ],

@@ -1,3 +1,5 @@
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from conftest import ROOT, TINY, assert_user_error, flags
 
 import checkpoint
 import model
+import runtime
 import tokenizer
 
 LINE = "---------------\n"
@@ -64,14 +67,87 @@ def test_before_the_first_best_last_pt_serves(trained, sample):
     assert sample(num_samples=1).code == 0
 
 
-def test_top_k_and_dtype_reach_the_model(trained, sample, monkeypatch):
-    assert sample(top_k=1, num_samples=1).out == sample(temperature=0, num_samples=1).out
-    dtypes, plain = [], model.GPT.generate
-    monkeypatch.setattr(
-        model.GPT, "generate", lambda self, *a, **k: dtypes.append(self.lm_head.weight.dtype) or plain(self, *a, **k)
-    )
-    sample(dtype="bfloat16", num_samples=1)
-    assert dtypes == [torch.bfloat16]
+def test_the_settings_of_sampling_reach_the_model(trained, sample):
+    greedy = sample(temperature=0, num_samples=1).out
+    for setting in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert sample(num_samples=1, **setting).out == greedy
+    assert sample(num_samples=1, temperature=0, repetition_penalty=1e6).out != greedy
+    # Half of the weights' bits, and a quarter: another model, if only slightly.
+    before, written = model.GPT.stream, []
+
+    def stream(self, *arguments):
+        written.append(self.lm_head.weight.clone())
+        return before(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.GPT, "stream", stream)
+        assert {sample(num_samples=1, **kept).code for kept in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"})} == {0}
+    full, half, quarter = written
+    assert torch.equal(half, full.bfloat16().float()) and not torch.equal(half, full)
+    assert len(quarter[0].unique()) <= 255 and 0 < (quarter - full).abs().max() < full.abs().max() / 100
+
+
+def test_a_text_ends_before_a_stop(trained, sample):
+    full = sample(num_samples=3).out.split("\n" + LINE)[:3]
+    stop = full[0][30:32]
+    cut = sample(num_samples=3, stop=f"jjjj||{stop}").out.split("\n" + LINE)[:3]
+    assert cut == [text[: at if (at := text.find(stop, 1)) >= 0 else None] for text in full]
+    assert len(cut[0]) <= 30
+    result = sample(num_samples=2, stop=full[0][5], max_new_tokens=400)
+    assert result.code == 0 and "2 x 400 tokens" not in result.err  # it ends when all have ended
+
+
+def test_each_line_of_a_file_may_be_a_prompt(trained, sample):
+    lines = ["the quick brown", "fox", "line 7 of"]
+    (trained / "prompts.txt").write_text("\n".join(lines) + "\n")
+    result = sample(start="FILE:prompts.txt", prompt_per_line=True, num_samples=2, max_new_tokens=30)
+    texts = result.out.split("\n" + LINE)[:-1]
+    for n, line in enumerate(lines):
+        alone = sample(start=line, num_samples=2, max_new_tokens=30).out.split("\n" + LINE)[:-1]
+        assert texts[2 * n : 2 * n + 2] == alone
+
+
+def test_log_probabilities_are_those_of_the_model(trained, sample):
+    assert sample(start="fox", num_samples=2, max_new_tokens=8, top_k=2, temperature=1.5, logprobs="l.jsonl").code == 0
+    state = checkpoint.load(trained / "out" / "ckpt.pt")
+    network, tokens = checkpoint.build_model(state).eval(), tokenizer.from_data(state["tokenizer"])
+    lines = [json.loads(line) for line in (trained / "l.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["prompt"] == "fox" and "".join(line["tokens"]) == tokens.decode(line["ids"])
+        ids = torch.tensor([tokens.encode("fox") + line["ids"]])
+        logprobs = network(ids, ids)[0].log_softmax(-1)[0, 2:-1].gather(1, ids[0, 3:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(line["logprobs"]), logprobs.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_on_a_terminal_text_appears_as_it_is_drawn(trained):
+    """Through a pseudo-terminal: the first characters are there long before the last are drawn."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    flags_ = ["--num_samples=1", "--max_new_tokens=30000", "--device=cpu", "--compile=False"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *flags_], stdout=theirs, cwd=trained)
+    shown = b""
+    while len(shown) < 500:
+        shown += os.read(ours, 100)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    os.close(ours), os.close(theirs)
+
+
+def test_a_cache_that_cannot_fit_is_refused_with_its_size(trained, sample, monkeypatch):
+    monkeypatch.setattr(runtime, "available_memory", lambda place: 1_000_000)
+    assert sample(num_samples=2, max_new_tokens=20).code == 0
+    # 2 (keys, values) x 2 layers x 16 wide x 16 positions x 4 bytes x 100,000 rows
+    assert_user_error(sample(num_samples=100_000), "0.4 GiB", "fewer samples")
+
+
+def test_a_prompt_longer_than_the_context_counts_by_its_end(trained, sample):
+    long = "line 5 of 25: the quick brown fox"
+    result = sample(start=long, num_samples=1, max_new_tokens=9, temperature=0)
+    assert result.code == 0 and "last 16" in result.err and result.out.startswith(long)
+    short = sample(start=long[-16:], num_samples=1, max_new_tokens=9, temperature=0)
+    assert "note" not in short.err and result.out.endswith(short.out)
 
 
 @pytest.mark.parametrize("meta", ["meta.json", "meta.pkl"])
@@ -137,6 +213,13 @@ def test_padding_rows_are_never_sampled(tiny, sample, train):
         ({"seed": 2**70}, ["seed"]),
         ({"start": "FILE:a\0b"}, ["start"]),
         ({"max_new_tokens": 0}, ["max_new_tokens"]),
+        ({"top_p": 0, "min_p": 2.0, "repetition_penalty": -1}, ["top_p", "min_p", "repetition_penalty"]),
+        ({"stop": "fox||"}, ["stop", "empty"]),
+        ({"stop": "€"}, ["stop='€'", "never"]),
+        ({"quantize": "int3"}, ["quantize", "int3"]),
+        ({"prompt_per_line": True}, ["prompt_per_line", "FILE:"]),
+        ({"start": "FILE:gap.txt", "prompt_per_line": True}, ["gap.txt", "line 2"]),
+        ({"logprobs": "no/folder/l.jsonl"}, ["logprobs=no/folder/l.jsonl"]),
         ({"start": ""}, ["start"]),
         ({"start": "fox €"}, ["'€'"]),
         ({"start": "FILE:missing.txt"}, ["missing.txt"]),
@@ -153,6 +236,7 @@ def test_padding_rows_are_never_sampled(tiny, sample, train):
 )
 def test_wrong_settings_are_one_line_each(trained, sample, settings, words):
     (trained / "empty.txt").write_text("")
+    (trained / "gap.txt").write_text("fox\n\nfox\n")
     (trained / "latin.txt").write_bytes("déjà".encode("latin-1"))
     result = sample(**settings)
     assert_user_error(result, *words)

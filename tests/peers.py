@@ -1,0 +1,267 @@
+"""Decoding speed beside other programs, in one run: the table in the README.
+
+    python tests/peers.py                        # GPT-2 124M with random weights, one stream, then 16
+    python tests/peers.py --streams=1 --rounds=3
+    python tests/peers.py --sample=out-shakespeare-char   # sample.py's default work, as whole processes
+
+Each program sits in a process of its own, loaded and warm, and they take turns; a figure is the median over the rounds,
+and the ratio is that of ours to it. transformers and llama.cpp (`pip install transformers llama-cpp-python gguf`) are
+left out where they are not installed. "full forward" is nanoGPT's way: no cache, the whole context for each token.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+PROMPT = 8  # tokens
+SHAPE = {"block_size": 1024, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768}
+
+
+def network():
+    import torch
+
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**SHAPE, bias=True)).eval()
+
+
+def ours(dtype: str, streams: int, tokens: int):
+    import torch
+
+    import decode
+
+    model = network()
+    kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    engine = decode.prepare(model, torch.device("cpu"), kept, dtype == "int8", streams, 10**9, True)
+    idx = torch.randint(SHAPE["vocab_size"], (1, PROMPT)).repeat(streams, 1)
+
+    def run():
+        model.generate(idx, tokens, temperature=0, engine=engine)
+        return tokens
+
+    return run
+
+
+def full_forward(dtype: str, streams: int, tokens: int):
+    import torch
+
+    model = network()
+    idx = torch.randint(SHAPE["vocab_size"], (streams, PROMPT + tokens))
+    stride = 16  # of the tokens, every 16th is computed
+
+    @torch.no_grad()
+    def run():
+        for length in range(PROMPT, PROMPT + tokens, stride):
+            model(idx[:, :length])[0].argmax()
+        return len(range(PROMPT, PROMPT + tokens, stride))
+
+    return run
+
+
+def transformers(dtype: str, streams: int, tokens: int):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"vocab_size": SHAPE["vocab_size"], "n_positions": SHAPE["block_size"], "n_embd": SHAPE["n_embd"]}
+    model = GPT2LMHeadModel(GPT2Config(**shape, n_layer=SHAPE["n_layer"], n_head=SHAPE["n_head"])).eval()
+    model = model.to(getattr(torch, dtype))
+    idx = torch.randint(SHAPE["vocab_size"], (1, PROMPT)).repeat(streams, 1)
+    keywords = {"attention_mask": torch.ones_like(idx), "pad_token_id": 0, "do_sample": False}
+    keywords |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
+
+    @torch.no_grad()
+    def run():
+        model.generate(idx, **keywords)
+        return tokens
+
+    return run
+
+
+def llama_cpp(dtype: str, streams: int, tokens: int):
+    import ctypes
+
+    import gguf
+    import llama_cpp as lib
+    import numpy as np
+    import torch
+
+    model = network()
+    path = Path(tempfile.mkdtemp()) / "model.gguf"
+    kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[dtype]
+    kind = getattr(gguf.GGMLQuantizationType, kind)
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(SHAPE["block_size"])
+    writer.add_embedding_length(SHAPE["n_embd"])
+    writer.add_feed_forward_length(4 * SHAPE["n_embd"])
+    writer.add_block_count(SHAPE["n_layer"])
+    writer.add_head_count(SHAPE["n_head"])
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_vocab_size(SHAPE["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"}
+    names |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    top = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm"}
+    top |= {"lm_head": "output"}
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            module, leaf = name.rsplit(".", 1)
+            if module in top:
+                target = top[module]
+            else:
+                _, _, layer, rest = module.split(".", 3)
+                target = f"blk.{layer}.{names[rest]}"
+            data = tensor.float().numpy()
+            if data.ndim == 2 and "wpe" not in name:
+                data = gguf.quants.quantize(data, kind)
+                writer.add_tensor(f"{target}.{leaf}", data, raw_dtype=kind)
+            else:
+                writer.add_tensor(f"{target}.{leaf}", data.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    quiet = lib.llama_log_callback(lambda *_: None)
+    lib.llama_log_set(quiet, None)
+    llama_cpp.keep = quiet
+    loaded = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+    settings = lib.llama_context_default_params()
+    settings.n_ctx, settings.n_batch = SHAPE["block_size"], 512
+    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+    context = lib.llama_init_from_model(loaded, settings)
+    path.unlink()
+
+    def run():
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        ids = list(range(PROMPT))
+        for _ in range(tokens):
+            array = (ctypes.c_int32 * len(ids))(*ids)
+            assert lib.llama_decode(context, lib.llama_batch_get_one(array, len(ids))) == 0
+            logits = lib.llama_get_logits_ith(context, -1)
+            ids = [int(np.ctypeslib.as_array(logits, (SHAPE["vocab_size"],)).argmax())]
+        return tokens
+
+    return run
+
+
+WORKERS = {"ours": ours, "full forward": full_forward, "transformers": transformers, "llama.cpp": llama_cpp}
+CASES = {  # streams -> (program, dtype)
+    1: [("ours", "float32"), ("full forward", "float32"), ("transformers", "float32"), ("llama.cpp", "float32")]
+    + [("ours", "bfloat16"), ("transformers", "bfloat16"), ("llama.cpp", "bfloat16")]
+    + [("ours", "int8"), ("llama.cpp", "int8")],
+    16: [("ours", "float32"), ("transformers", "float32"), ("ours", "bfloat16"), ("transformers", "bfloat16")],
+}
+
+
+def sample_as_nanogpt_does(folder: str) -> None:
+    """What nanoGPT's sample.py does by default: ten samples one after the other, without a cache, then printed."""
+    import pickle  # noqa: F401 - it imports these four, and starting up is part of the comparison
+
+    import tiktoken  # noqa: F401
+    import torch
+
+    import checkpoint
+    import tokenizer
+
+    state = checkpoint.load(Path(folder) / "ckpt.pt")
+    model, tokens = checkpoint.build_model(state).eval(), tokenizer.from_data(state["tokenizer"])
+    torch.manual_seed(1337)
+    with torch.no_grad():
+        for _ in range(10):
+            idx = torch.tensor([tokens.encode("\n")])
+            for _ in range(500):
+                logits = model(idx[:, -model.config.block_size :])[0][:, -1] / 0.8
+                kept = torch.topk(logits, min(200, logits.size(-1))).values
+                logits[logits < kept[:, [-1]]] = -float("inf")
+                idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), dim=1)
+            print(tokens.decode(idx[0].tolist()), "---------------", sep="\n")
+
+
+def compare_samples(folder: str, rounds: int) -> None:
+    commands = [["sample.py", f"--out_dir={folder}", "--device=cpu"], [__file__, f"--sample_slowly={folder}"]]
+    times = []
+    for _ in range(rounds):
+        for command in commands:
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+            times.append(time.perf_counter() - began)
+    ours, theirs = times[::2], times[1::2]
+    record = {"ours_s": statistics.median(ours), "theirs_s": statistics.median(theirs)}
+    record["ratio"] = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    print(json.dumps(record))
+
+
+def work(name: str, dtype: str, streams: int, tokens: int) -> None:
+    """A worker: gets ready, then for each line on stdin generates and answers with its tokens a second."""
+    import torch
+
+    torch.manual_seed(0)
+    run = WORKERS[name](dtype, streams, tokens)
+    run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        count = run()
+        print(streams * count / (time.perf_counter() - began), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--streams", type=int, choices=list(CASES))
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", nargs=2, metavar=("NAME", "DTYPE"))
+    parser.add_argument("--sample", metavar="OUT_DIR", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--sample_slowly", metavar="OUT_DIR", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.sample:
+        return compare_samples(options.sample, options.rounds)
+    if options.sample_slowly:
+        return sample_as_nanogpt_does(options.sample_slowly)
+    if options.work:
+        return work(*options.work, options.streams, options.tokens)
+    import torch
+
+    from runtime import memory_speed
+
+    print(f"memory: {memory_speed(torch.device('cpu')) / 1e9:.1f} GB/s")
+    record = {}
+    for streams in [options.streams] if options.streams else list(CASES):
+        workers = {}
+        for case in CASES[streams]:
+            command = [sys.executable, __file__, f"--streams={streams}", f"--tokens={options.tokens}", "--work", *case]
+            worker = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            if worker.stdout.readline() == "ready\n":
+                workers[case] = worker
+            else:
+                print(f"{case[0]} in {case[1]} is left out: it did not start")
+        rates = {case: [] for case in workers}
+        for _ in range(options.rounds):
+            for case, worker in workers.items():
+                worker.stdin.write("go\n")
+                worker.stdin.flush()
+                rates[case].append(float(worker.stdout.readline()))
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+        for (name, dtype), values in rates.items():
+            base = rates[("ours", dtype)]
+            ratio = statistics.median(a / b for a, b in zip(base, values, strict=True))
+            spread = f"{min(values):.1f} to {max(values):.1f}"
+            print(
+                f"{streams:3} x {options.tokens}  {dtype:<9} {name:<13} {statistics.median(values):8.1f} tokens/s "
+                f"({spread}); ours is {ratio:.2f} times as fast"
+            )
+            record[f"{streams} {dtype} {name}"] = {"tokens_per_s": statistics.median(values), "ratio": ratio}
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
