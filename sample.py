@@ -15,8 +15,7 @@ start = "\n"  # the prompt ($'\n' in a shell); FILE:prompt.txt reads a file; <|e
 prompt_per_line = False  # every line of the file that start names is a prompt of its own
 num_samples = 10  # texts to generate for each prompt
 max_new_tokens = 500  # tokens in each
-stop = ""  # a text ends before this; several are separated by stop_separator
-stop_separator = "||"  # between the strings of stop
+stop = ""  # a text ends before this string, or before any of several that are separated by ||
 temperature = 0.8  # 0 takes the likeliest token each time; 1 draws as the model predicts; above 1 is more random
 top_k = 200  # draw among the k likeliest tokens only; 0 is off
 top_p = 1.0  # draw among the likeliest tokens that together have this probability; 1 is off
@@ -65,7 +64,7 @@ def check_settings() -> None:
         (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (start != "", "start must hold at least one character"),
         (not prompt_per_line or start.startswith("FILE:"), "prompt_per_line needs start=FILE:…"),
-        (not stop or (stop_separator and all(stops())), f"stop={stop!r} holds an empty string"),
+        (all(stops()), f"stop={stop!r} holds an empty string"),
         (quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}"),
         (
             init_from in ("resume", *GPT2_MODELS) or os.path.isdir(init_from),
@@ -86,7 +85,7 @@ def check_quantize() -> None:
 
 
 def stops() -> list[str]:
-    return stop.split(stop_separator) if stop else []
+    return stop.split("||") if stop else []
 
 
 def read_prompts() -> list[str]:
