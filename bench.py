@@ -73,6 +73,7 @@ def check_settings() -> None:
     rules += [(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")]
     rules += [(quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}")]
     rules += [(not nanogpt or (Path(nanogpt) / "model.py").is_file(), f"nanogpt={nanogpt}: no model.py is there")]
+    rules += [(not quantize or mode == "decode", "quantize is for mode=decode")]
     looks = [lambda: runtime.check_machine(device, dtype)]
     if real_data:
         looks.append(lambda: data.find(dataset))
@@ -183,12 +184,13 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)).eval()
     peer = peer_model(place).eval()
     kept = runtime.pick_dtype(dtype, place)
-    often = 10**9 if compile else 0  # compile whatever it costs
-    engine = decode.prepare(model, place, kept, quantize == "int8", batch_size, often, compile)
+    engine = decode.prepare(model, place, kept, quantize == "int8", batch_size, 10**9, compile)  # whatever it costs
     prompt = torch.randint(vocab_size, (1, 1), generator=torch.Generator().manual_seed(seed)).to(place)
     idx = prompt.expand(batch_size, 1 + max_new_tokens)
     stride = 16
-    bits = 8 if quantize else 8 * kept.itemsize
+    bytes_kept = model.lm_head.weight.element_size()
+    if isinstance(engine, decode.CompiledStep):
+        bytes_kept = engine.packed[model.lm_head.weight][0].element_size()
 
     def ours() -> float:
         began = time.perf_counter()
@@ -204,7 +206,7 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
         return (time.perf_counter() - began) / (batch_size * len(lengths))
 
     ours(), theirs()
-    weights = model.get_num_params() * bits / 8
+    weights = model.get_num_params() * bytes_kept
     share = {"weight_bytes": weights, "memory_bytes_per_s": runtime.memory_speed(place)}
     return ours, theirs, share
 

@@ -167,9 +167,10 @@ def build_model(state: dict, dropout: float = 0.0) -> GPT:
     """The model that a loaded checkpoint describes, with its weights. Raises UserError where the two do not match."""
     tied = [state["model"].get(name) for name in ("lm_head.weight", "transformer.wte.weight")]
     try:
-        if all(map(torch.is_tensor, tied)) and not torch.equal(*tied):
-            raise ValueError("its input and output embeddings differ, where GPT-2's are one")
-        model = GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}))
+        config = GPTConfig(**{**state["model_args"], "dropout": dropout})
+        if config.tie_embeddings and all(map(torch.is_tensor, tied)) and not torch.equal(*tied):
+            raise ValueError("its input and output embeddings differ, where this model's are one")
+        model = GPT(config)
         model.load_state_dict(state["model"])
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{state['path']} does not hold the weights that its model_args describe: {error}") from error
@@ -198,12 +199,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
             raise ValueError("its groups hold other numbers of parameters")
         groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved["param_groups"], strict=True)]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        order = [index for group in groups for index in group["params"]]
+        kept = [(group.get("kind"), index) for group in groups for index in group["params"]]
         state = {}
-        for index, parameter in zip(order, parameters, strict=True):
+        for (kind, index), parameter in zip(kept, parameters, strict=True):
             if index in saved["state"]:
                 moments = saved["state"][index]
-                state[index] = {k: _cropped(moments[k], parameter) for k in ("step", "exp_avg", "exp_avg_sq")}
+                names = ("momentum_buffer",) if kind == "muon" else ("step", "exp_avg", "exp_avg_sq")
+                state[index] = {name: _cropped(moments[name], parameter) for name in names}
         if state and len(state) < len(parameters):
             raise ValueError("some of its parameters have no moments")
         optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -2,6 +2,8 @@
 
 One token reads every weight once, so decoding is as fast as memory delivers them. On CPUs arithmetic is in float32
 whatever the weights are kept in: a text does not depend on whether the step is compiled, nor on the rows beside it.
+(The exception, for speed, is many rows in bfloat16: see `prepare`.) Fewer bits are read by a compiled step alone;
+without one the weights have the values that those bits can hold, in float32.
 
 A compiled step is two small packages of machine code, one for a block and one for the head, made by PyTorch's
 ahead-of-time compiler from the model's own code and kept in ~/.cache/quartzgpt for every later run.
@@ -14,6 +16,8 @@ import platform
 import sys
 import tempfile
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -86,23 +90,27 @@ def prepare(
 ):
     """Makes the model ready on `place` to take `steps` steps with `rows` rows; returns the engine for GPT.stream.
 
-    With more than MAX_COMPILED_ROWS rows in bfloat16 on a CPU, its products are in bfloat16 too: that is twice as fast.
+    With more than MAX_COMPILED_ROWS rows in bfloat16, on a CPU that computes in it, products are in bfloat16 too: that
+    is twice as fast.
     """
     if place.type != "cpu":
         model.to(place, dtype)
-        return GraphedStep(model) if place.type == "cuda" else model
-    if dtype == torch.bfloat16 and not quantize and rows > MAX_COMPILED_ROWS:
+        if place.type == "cuda":
+            torch.cuda.set_device(place)  # where graphs are captured
+            return GraphedStep(model)
+        return model
+    if dtype == torch.bfloat16 and not quantize and rows > MAX_COMPILED_ROWS and runtime.cpu_has_bfloat16():
         return model.to(dtype)
     packed = pack(model.float(), dtype, quantize)
     if may_compile and rows <= MAX_COMPILED_ROWS and model.config.block_size >= 4:
-        step = CompiledStep(model, packed, rows)
-        if step.is_compiled() or pays(packed, steps):
-            try:
+        try:
+            step = CompiledStep(model, packed, rows)
+            if step.is_compiled() or pays(packed, steps):
                 step.compile()
                 return step
-            except Exception as error:  # whatever a compiler that is missing, old or broken raises
-                reason = runtime.why_no_compiler(place) or f"{type(error).__name__}: {error}".split("\n")[0][:200]
-                print(f"warning: the step can't be compiled ({reason}); going on without", file=sys.stderr)
+        except Exception as error:  # whatever a compiler or a folder that is missing, old or broken raises
+            reason = runtime.why_no_compiler(place) or f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            print(f"warning: the step can't be compiled ({reason}); going on without", file=sys.stderr)
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
             if type(module) is nn.Linear and module.weight.numel() >= ONEDNN_SIZE:
@@ -138,11 +146,8 @@ class GraphedStep:
     """GPT.step as a CUDA graph: static shapes, one launch a token, nothing that waits for the GPU."""
 
     def __init__(self, model: GPT):
-        self.model, self.graph = model, None
-
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        self.graph = None
-        return self.model.new_cache(rows, length)
+        self.model, self.cache = model, None
+        self.new_cache = model.new_cache
 
     def compute(self) -> torch.Tensor:
         slots = Slots(self.cache.keys, self.cache.values, self.at, self.cache.keys.size(3))
@@ -166,7 +171,7 @@ class GraphedStep:
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """As GPT.step. The logits are overwritten by the next step."""
-        if self.graph is None:
+        if self.cache is not cache:
             self.capture(tokens, cache)
         if self.lengths != cache.lengths:  # a prompt was read since
             self.at.copy_(torch.tensor(cache.lengths))
@@ -191,7 +196,11 @@ class CompiledStep:
         self.paths = [cache_folder() / f"{part}-{key}.pt2" for part in ("block", "head")]
 
     def is_compiled(self) -> bool:
-        return all(path.exists() for path in self.paths)
+        """Whether the packages are there, and whole: machine code that is damaged would crash."""
+        try:
+            return all(zipfile.ZipFile(path).testzip() is None for path in self.paths)
+        except (OSError, zipfile.BadZipFile, zlib.error):
+            return False
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         assert rows == self.rows, "compiled for another number of rows"
@@ -209,16 +218,12 @@ class CompiledStep:
         return found
 
     def packed_copy(self, module: nn.Module) -> nn.Module:
-        module = copy.deepcopy(module)
-        for name, part in list(module.named_modules()):
+        twin = copy.deepcopy(module)
+        for name, part in module.named_modules():
             if isinstance(part, nn.Linear):
-                weight, scale = quantize_rows(part.weight) if self.is_int8() else (part.weight, None)
                 parent, _, leaf = name.rpartition(".")
-                setattr(module.get_submodule(parent), leaf, PackedLinear(weight, scale, part.bias))
-        return module
-
-    def is_int8(self) -> bool:
-        return self.packed[self.model.lm_head.weight][1] is not None
+                setattr(twin.get_submodule(parent), leaf, PackedLinear(*self.packed[part.weight], part.bias))
+        return twin
 
     def compile(self) -> None:
         """Loads the two packages, after making them if need be."""
@@ -234,12 +239,15 @@ class CompiledStep:
             end = torch.export.Dim("end", min=2, max=self.capacity - 1)
             block, names = self.packed_copy(transformer.h[0]), list(self.tensors(transformer.h[0]))
 
-            def take_block(x, at, positions, keys, values, weights):
+            def take_block(x, at, positions, keys, values, rope, weights):
                 slots = Slots([keys], [values], at, positions.size(0))
-                return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), (x, slots))
+                given = dict(zip(names, weights, strict=True))
+                return torch.func.functional_call(block, given, (x, tuple(rope) or None, slots))
 
-            example = (x, at, positions, cache.keys[0], cache.values[0], self.layers[0])
-            shapes = (None, None, {0: end}, None, None, [None] * len(names))
+            _, rope = self.model.embed(torch.zeros(self.rows, 1, dtype=torch.long), at[:, None])
+            rope = list(rope or ())
+            example = (x, at, positions, cache.keys[0], cache.values[0], rope, self.layers[0])
+            shapes = (None, None, {0: end}, None, None, [None] * len(rope), [None] * len(names))
             _build(self.paths[0], take_block, example, shapes)
             packed_head, head_names = self.packed_copy(head), list(self.tensors(head))
 
@@ -256,16 +264,15 @@ class CompiledStep:
         at = torch.tensor(cache.lengths)
         positions = self.positions[: max(cache.lengths) + 1]
         cache.lengths = [length + 1 for length in cache.lengths]
-        transformer = self.model.transformer
-        x = transformer.wte(tokens[:, None]) + transformer.wpe(at[:, None])
+        x, rope = self.model.embed(tokens[:, None], at[:, None])
         for weights, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            (x,) = self.run_block([x, at, positions, keys, values, *weights])
+            (x,) = self.run_block([x, at, positions, keys, values, *(rope or ()), *weights])
         (logits,) = self.run_head([x, *self.head_weights])
         return logits[:, 0]
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartzgpt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "quartzgpt"
 
 
 def _cpu() -> str:

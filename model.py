@@ -1,16 +1,18 @@
 """GPT: the network, the loss, and generation with a key/value cache. One file that needs only torch; copy it freely.
 
-The architecture is GPT-2's (Radford et al., 2019): learned positions, pre-norm blocks, GELU in its tanh form, input
-and output embeddings tied, and, as in nanoGPT, optional biases. Parameter names are nanoGPT's.
+Two architectures. arch='gpt2' is GPT-2's (Radford et al., 2019): learned positions, pre-norm blocks, GELU in its tanh
+form, input and output embeddings tied, and, as in nanoGPT, optional biases. arch='qwen3' is Qwen3's (Yang et al.,
+2025): rotary positions, RMS norms, also on queries and keys, SwiGLU, grouped-query attention, no biases. Parameter
+names are nanoGPT's; c_attn holds query, key and value, c_fc of qwen3 gate and up.
 
-Shapes: B batch, T time, C = n_embd channels, V vocabulary, head_dim = C / n_head.
+Shapes: B batch, T time, C = n_embd channels, V vocabulary, n_kv heads of keys and values.
 """
 
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -33,15 +35,49 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in every linear layer and layer norm, as GPT-2 has them
+    arch: str = "gpt2"  # gpt2 or qwen3; what follows is qwen3's
+    n_kv_head: int = 0  # heads of keys and values; 0: n_head
+    head_dim: int = 0  # width of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # width of the MLP; 0: 8/3 of n_embd, rounded up to a multiple of 64
+    tie_embeddings: bool = True  # one matrix for input and output
+    rope_theta: float = 10000.0  # the longest wavelength of the rotary positions, over 2 pi
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
+        if not self.n_hidden:
+            self.n_hidden = 4 * self.n_embd if self.arch == "gpt2" else math.ceil(self.n_embd * 8 / 3 / 64) * 64
+
+    def to_args(self) -> dict:
+        """What makes this config again; for gpt2 nanoGPT's seven fields alone."""
+        args = asdict(self)
+        return args if self.arch != "gpt2" else {name: args[name] for name in list(args)[:7]}
 
     def problems(self) -> list[str]:
         """What makes this no buildable network, one line each."""
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         found = [f"{name} must be at least 1, not {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]
-        if self.n_head >= 1 and self.n_embd % self.n_head:
-            found.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.arch not in ("gpt2", "qwen3"):
+            return [*found, f"arch must be gpt2 or qwen3, not {self.arch!r}"]
+        if found:
+            return found
+        is_free = self.arch == "qwen3" and self.head_dim * self.n_head != self.n_embd // self.n_head * self.n_head
+        if self.n_embd % self.n_head and not is_free:
+            found.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.arch == "gpt2":
+            if (self.n_kv_head, self.head_dim) != (self.n_head, self.n_embd // self.n_head) or not self.tie_embeddings:
+                found.append("n_kv_head, head_dim and tie_embeddings are qwen3's: leave them out, or take arch='qwen3'")
+            return found
+        if self.bias:
+            found.append("bias must be False with arch='qwen3'")
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            found.append(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.head_dim < 2 or self.head_dim % 2:
+            found.append(f"the width of a head must be even for rotary positions, not {self.head_dim}")
+        if self.n_hidden < 1 or not 0 < self.rope_theta < math.inf:
+            found.append(f"n_hidden ({self.n_hidden}) and rope_theta ({self.rope_theta}) must be positive")
         return found
 
 
@@ -58,7 +94,7 @@ class Sampling:
     def problems(self) -> list[str]:
         """What is out of range, one line each."""
         rules = [
-            (0 < self.repetition_penalty < math.inf, "repetition_penalty must be a positive number (1 is off)"),
+            (1e-6 <= self.repetition_penalty <= 1e6, "repetition_penalty must be from 1e-6 to 1e6 (1 is off)"),
             (0 <= self.temperature < math.inf, "temperature must be 0 (greedy) or a positive number"),
             (self.top_k is None or self.top_k >= 0, "top_k must be 0 (off) or a positive number"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1 (off)"),
@@ -70,11 +106,11 @@ class Sampling:
 class KVCache:
     """Keys and values of the tokens seen so far, row by row, in memory that is reserved once.
 
-    keys, values: (n_layer, B, n_head, capacity, head_dim). Of row b, lengths[b] positions are filled.
+    keys, values: (n_layer, B, n_kv, capacity, head_dim). Of row b, lengths[b] positions are filled.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, rows, config.n_head, capacity, config.n_embd // config.n_head)
+        shape = (config.n_layer, rows, config.n_kv_head, capacity, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked value counts 0 times, and 0 x NaN
         self.values = torch.zeros(shape, device=device, dtype=dtype)  # would be NaN
         self.lengths = [0] * rows
@@ -85,13 +121,14 @@ class KVCache:
         self.end = max(self.lengths) + 1
         self.at = torch.tensor(self.lengths, device=self.keys.device)
         self.is_even = min(self.lengths) == max(self.lengths)
-        seen = torch.arange(self.end, device=self.at.device) <= self.at[:, None]
-        self.mask = None if self.is_even else seen[:, None, None]  # (B, 1, 1, end)
+        self.mask = None
+        if not self.is_even:  # (B, 1, 1, end)
+            self.mask = (torch.arange(self.end, device=self.at.device) <= self.at[:, None])[:, None, None]
         self.lengths = [length + 1 for length in self.lengths]
         return self.at
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Stores k, v (B, n_head, T, head_dim); returns the keys and values to attend to, and a mask or None.
+        """Stores k, v (B, n_kv, T, head_dim); returns the keys and values to attend to, and a mask or None.
 
         A prompt (one for all the rows in `filling`) attends to itself; a step's one token to all its row holds.
         """
@@ -122,23 +159,53 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, ndim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * self.weight.float()).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary positions (Su et al., 2021) in the layout of Hugging Face: channel i turns together with i + head_dim/2.
+
+    x (B, n_head, T, head_dim), rope: cosines and sines, each (T, head_dim) or (B, 1, T, head_dim).
+    """
+    cos, sin = rope
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of queries, keys, values
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        if config.arch == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.head_dim, self.dropout, self.layer = config.head_dim, config.dropout, layer
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
         """x: (B, T, C). With a cache, T tokens of a prompt, or one token behind what the cache holds."""
-        B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
+        if rope is not None:
+            q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)
+        if self.heads[0] != self.heads[1]:  # each head of keys and values serves several of queries
+            k, v = (t.repeat_interleave(self.heads[0] // self.heads[1], dim=1) for t in (k, v))
         if torch.compiler.is_exporting():  # a compiled step: written out, it becomes loops of its own
-            scores = (q * k).sum(-1, keepdim=True).transpose(2, 3) / math.sqrt(q.size(-1))  # (B, n_head, 1, end)
+            scores = (q * k).sum(-1, keepdim=True).transpose(2, 3) / math.sqrt(self.head_dim)  # (B, n_head, 1, end)
             weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
             y = (weights.transpose(2, 3) * v).sum(2, keepdim=True)
         elif self.training and x.device.type == "cpu" and T <= CPU_FLOAT32_ATTENTION:
@@ -149,32 +216,43 @@ class CausalSelfAttention(nn.Module):
         else:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, dropout_p=dropout, is_causal=T > 1)
-        y = y.to(q.dtype).transpose(1, 2).reshape(B, T, C)
+        y = y.to(q.dtype).transpose(1, 2).reshape(B, T, -1)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.is_gated = config.arch == "qwen3"
+        self.c_fc = nn.Linear(config.n_embd, (1 + self.is_gated) * config.n_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = self.c_fc(x)
+        if self.is_gated:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:
+            x = F.gelu(x, approximate="tanh")
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = _norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = _norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache)
         return x + self.mlp(self.ln_2(x))
+
+
+def _norm(config: GPTConfig) -> nn.Module:
+    return RMSNorm(config.n_embd) if config.arch == "qwen3" else LayerNorm(config.n_embd, config.bias)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -240,40 +318,78 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-                "ln_f": LayerNorm(config.n_embd, config.bias),
-            }
-        )
+        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.arch == "gpt2":  # in this place, since optimizer states number the parameters in their order
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        parts["ln_f"] = _norm(config)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
-        self.apply(self._init_weights)
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # GPT-2: what adds to the residual stream shrinks with depth
-                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self._rope_table: torch.Tensor | None = None
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                self._initialise(name, parameter)
 
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+    def _initialise(self, name: str, parameter: nn.Parameter) -> None:
+        """GPT-2's values. For qwen3: matrices as in Muon's records, that is, what writes to the residual stream, and an
+        untied head, at zero, so that each block begins as the identity.
+        """
+        c, kind = self.config, ".".join(name.split(".")[-2:])
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif kind in ("ln_1.weight", "ln_2.weight", "ln_f.weight", "q_norm.weight", "k_norm.weight"):
+            nn.init.ones_(parameter)
+        elif kind in ("wte.weight", "wpe.weight"):
+            nn.init.normal_(parameter, std=0.02)
+        elif kind in ("c_attn.weight", "c_fc.weight"):
+            nn.init.normal_(parameter, std=0.02 if c.arch == "gpt2" else parameter.size(1) ** -0.5)
+        elif kind == "c_proj.weight":  # GPT-2: what adds to the residual stream shrinks with depth
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * c.n_layer) if c.arch == "gpt2" else 0.0)
+        elif kind == "lm_head.weight":
+            nn.init.zeros_(parameter)
+        else:
+            raise ValueError(f"no rule says how {name} begins")
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """The number of parameters, by default without the position embeddings. Tied weights count once."""
+        """The number of parameters, by default without tables that are only looked up: position embeddings, or input
+        embeddings that are not tied. Tied weights count once.
+        """
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        tables = [self.transformer.wpe] if self.config.arch == "gpt2" else []
+        tables += [] if self.config.tie_embeddings else [self.transformer.wte]
+        return total - sum(table.weight.numel() for table in tables) if non_embedding else total
+
+    def embed(self, idx: torch.Tensor, position: torch.Tensor):
+        """What the first block reads, (B, T, C), and the rotation that blocks are given (None for gpt2).
+
+        idx (B, T), position (T,) or (B, T).
+        """
+        x, rope = self.transformer.wte(idx), None
+        if self.config.arch == "gpt2":
+            x = x + self.transformer.wpe(position)
+        else:
+            rope = tuple(table[position].unsqueeze(-3) for table in self._rope(idx.device))
+        return self.transformer.drop(x), rope
+
+    def _rope(self, device: torch.device) -> torch.Tensor:
+        """Cosines and sines for every position, (2, block_size, head_dim), in float32 whatever the weights are in."""
+        if self._rope_table is None or self._rope_table.device != device:
+            c = self.config
+            channels = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+            angles = torch.arange(c.block_size, device=device)[:, None] * c.rope_theta ** (-channels / c.head_dim)
+            angles = torch.cat((angles, angles), dim=1)
+            self._rope_table = torch.stack((angles.cos(), angles.sin()))
+        return self._rope_table
 
     def _hidden(self, idx: torch.Tensor, position: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """The final layer norm's output (B, T, C) for tokens idx (B, T) at the given positions, (T,) or (B, T)."""
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))
+        """The final norm's output (B, T, C) for tokens idx (B, T) at the given positions, (T,) or (B, T)."""
+        x, rope = self.embed(idx, position)
         for block in self.transformer.h:
             # Compiled blocks are for training: behind a cache each step has another shape, and would compile again.
-            x = block(x) if cache is None else block.forward(x, cache)
+            x = block(x, rope) if cache is None else block.forward(x, rope, cache)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True):
@@ -295,10 +411,12 @@ class GPT(nn.Module):
         return None, cross_entropy(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1))
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shortens the context to block_size: the later position embeddings go."""
+        """Shortens the context to block_size: of GPT-2 the later position embeddings go."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size {block_size} must be from 1 to the model's {self.config.block_size}")
-        self.config.block_size = block_size
+        self.config.block_size, self._rope_table = block_size, None
+        if self.config.arch != "gpt2":
+            return
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     @classmethod
@@ -360,7 +478,7 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for a token (PaLM, Chowdhery et al., 2022, appendix B)."""
         c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
         """Model FLOPs utilisation: the share of `peak_flops` (default: an A100's in bfloat16) that is put to use.
@@ -412,7 +530,7 @@ class GPT(nn.Module):
         engine=None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Continues the prompts, lists of ids of any lengths; yields max_new_tokens times the next token of each, (B,),
-        and the logits (B, V) that it was drawn from, as they were before `sampling`.
+        and the logits (B, V) that it was drawn from, as they were before `sampling`; they hold until the next step.
 
         Ids from vocab_size on are never drawn. Row b draws with seeds[b], whatever the other rows are; without seeds,
         torch's generator serves. Equal prompts are read once. `engine` takes the steps and makes the cache for them: an
@@ -429,6 +547,8 @@ class GPT(nn.Module):
             raise ValueError("; ".join(problems))
         if not prompts or not all(prompts):
             raise ValueError("the prompt must hold at least one token")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         block_size, device, rows = self.config.block_size, self.lm_head.weight.device, len(prompts)
         copies = 1
         if rows == 1 and device.type == "cpu" and self.lm_head.weight.dtype != torch.float32:
@@ -452,12 +572,12 @@ class GPT(nn.Module):
             text: list[torch.Tensor] = []  # the tokens drawn so far, each (B,)
             seen = None
             if sampling.repetition_penalty != 1:
-                seen = torch.zeros_like(logits[:, :vocab_size], dtype=torch.bool)
+                seen = torch.zeros_like(logits, dtype=torch.bool)
                 for prompt, its_rows in same.items():
                     seen[its_rows] = seen[its_rows].index_fill(1, torch.tensor(prompt, device=device), True)
             for n in range(max_new_tokens):
                 logits = logits[:, :vocab_size].float()
-                tokens = draw(logits, sampling, uniform[n], seen)
+                tokens = draw(logits, sampling, uniform[n], None if seen is None else seen[:, :vocab_size])
                 yield tokens[:rows], logits[:rows]
                 if seen is not None:
                     seen.scatter_(1, tokens[:, None], True)
@@ -466,11 +586,12 @@ class GPT(nn.Module):
                 for row, length in enumerate(cache.lengths):
                     if length == block_size:
                         keep = max(1, block_size // 2) - 1  # and with the new token, half
-                        drawn = torch.stack(text[-keep:])[:, row] if text and keep else uniform.new_empty(0)
-                        context = torch.cat((torch.tensor(prompts[row], device=device), drawn))[-keep:]
                         cache.lengths[row] = 0
                         if keep:
-                            self.prefill(context.long(), cache, [row])
+                            drawn = [tokens[row] for tokens in text[-keep:]]
+                            before = torch.tensor(prompts[row][-keep:], device=device)
+                            context = torch.cat((before, torch.stack(drawn))) if drawn else before
+                            self.prefill(context[-keep:], cache, [row])
                 text.append(tokens)
                 logits = engine.step(tokens, cache)
         finally:
@@ -516,7 +637,8 @@ def draw(
         threshold = logits.topk(min(sampling.top_k, logits.size(-1)), sorted=False).values.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, -math.inf)
     # The maximum is taken off first: divided by a tiny temperature, the logits themselves would overflow.
-    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    limits = torch.finfo(torch.float32)
+    temperature = min(max(sampling.temperature, limits.tiny), limits.max)
     probs = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if sampling.top_p < 1:
         ordered = probs.sort(dim=-1, descending=True).values

@@ -100,7 +100,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     has_bfloat16 = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "mps": lambda: False,  # not tried on such a machine yet
-        "cpu": _cpu_has_bfloat16,
+        "cpu": cpu_has_bfloat16,
     }[device.type]
     if name == "auto":
         return torch.bfloat16 if has_bfloat16() else torch.float32
@@ -118,7 +118,7 @@ def check_machine(device: str, dtype: str) -> None:
     check([rule], [lambda: pick_dtype(dtype if known else "auto", pick_device(device))])
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), rather than by emulation."""
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if "avx512_bf16" in features or "amx_bf16" in features:

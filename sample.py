@@ -25,11 +25,12 @@ seed = 1337  # sample k draws with seed + k, so that it is the same text however
 logprobs = ""  # a file to write: for each text a line of JSON with its tokens and the model's log-probability of each
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is float32 on CPUs, bfloat16 on GPUs that compute in it
-quantize = ""  # int8 keeps the weights in 8 bits, with a scale for each row (CPUs)
-compile = True  # on CPUs: compile the step, where that pays or was done before
+quantize = ""  # int8 keeps the weights in 8 bits, with a scale for each row (CPUs; faster where the step is compiled)
+compile = True  # on CPUs, for up to 8 texts at once: compile the step, where that pays or was done before
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
 
+import functools
 import json
 import os
 import sys
@@ -59,12 +60,16 @@ def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings."""
     rules = [(False, problem) for problem in how().problems()]
     rules += [
-        (num_samples >= 1, f"num_samples must be at least 1, not {num_samples}"),
-        (max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}"),
+        (1 <= num_samples < 2**31, f"num_samples must be at least 1, and no giant, not {num_samples}"),
+        (1 <= max_new_tokens < 2**31, f"max_new_tokens must be at least 1, and no giant, not {max_new_tokens}"),
         (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (start != "", "start must hold at least one character"),
         (not prompt_per_line or start.startswith("FILE:"), "prompt_per_line needs start=FILE:…"),
         (all(stops()), f"stop={stop!r} holds an empty string"),
+        (
+            not logprobs.endswith(".pt") and f"FILE:{logprobs}" != start,
+            f"logprobs={logprobs} would overwrite a checkpoint or the prompt",
+        ),
         (quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}"),
         (
             init_from in ("resume", *GPT2_MODELS) or os.path.isdir(init_from),
@@ -88,6 +93,7 @@ def stops() -> list[str]:
     return stop.split("||") if stop else []
 
 
+@functools.cache  # once: it may be a pipe
 def read_prompts() -> list[str]:
     """start itself, or the text of the file that it names, or each of its lines."""
     if not start.startswith("FILE:"):
@@ -108,7 +114,9 @@ def read_prompts() -> list[str]:
 def load() -> tuple[GPT, tokenizer.Tokenizer]:
     """The model that init_from asks for, and its tokenizer."""
     if init_from != "resume":
-        return checkpoint.pretrained(init_from), tokenizer.GPT2Tokenizer()
+        model = checkpoint.pretrained(init_from)
+        tokenizer.check_data({"type": "gpt2"}, model.config.vocab_size)
+        return model, tokenizer.GPT2Tokenizer()
     state = checkpoint.load(checkpoint.to_use(out_dir))
     model = checkpoint.build_model(state)
     size = model.config.vocab_size
@@ -128,35 +136,41 @@ def encode(prompts: list[str], tokens: tokenizer.Tokenizer, block_size: int) -> 
 
 
 def check_memory(model: GPT, rows: int, length: int, place: torch.device) -> None:
-    """Raises UserError where the cache would not fit."""
+    """Raises UserError where the cache, and the logits with what is drawn from them, would not fit."""
     c, there = model.config, runtime.available_memory(place)
     element = 4 if place.type == "cpu" else runtime.pick_dtype(dtype, place).itemsize
-    needed = 2 * c.n_layer * c.n_embd * rows * min(length, c.block_size) * element
+    cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * min(length, c.block_size) * element
+    needed = rows * (cache + 8 * c.vocab_size * 4 + 3 * max_new_tokens * 4)
     if there is not None and needed > there:
         raise UserError(
-            f"{rows} texts of {length} tokens need {needed / 2**30:.1f} GiB of cache, and {there / 2**30:.1f} GiB are "
-            "free: take fewer samples or prompts, or a smaller max_new_tokens"
+            f"{rows} texts of {length} tokens need {needed / 2**30:.1f} GiB (a cache of {rows * cache / 2**30:.1f}), "
+            f"and {there / 2**30:.1f} GiB are free: take fewer samples or prompts, or a smaller max_new_tokens"
         )
 
 
 def generate(model: GPT, engine, rows: list[list[int]], vocab_size: int, ahead: int) -> Iterator[tuple[list, list]]:
     """Yields, token for token, the ids and the log-probabilities of all rows; reads them `ahead` tokens at a time."""
     seeds = [seed + n % num_samples for n in range(len(rows))]
-    waiting = []
-    for n, (ids, logits) in enumerate(model.stream(rows, max_new_tokens, how(), vocab_size, seeds, engine), 1):
-        given = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0] if logprobs else ids
-        waiting.append(torch.stack((ids.double(), given.double())))
-        if len(waiting) == ahead or n == max_new_tokens:
-            for id_row, given_row in torch.stack(waiting).tolist():
-                yield list(map(int, id_row)), given_row
-            waiting = []
+    ids, given = [], []
+    for n, (tokens, logits) in enumerate(model.stream(rows, max_new_tokens, how(), vocab_size, seeds, engine), 1):
+        if n == 1 and not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: its weights are damaged, or too large for this dtype")
+        ids.append(tokens)
+        given.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0] if logprobs else tokens)
+        if len(ids) == ahead or n == max_new_tokens:
+            yield from zip(torch.stack(ids).tolist(), torch.stack(given).tolist(), strict=True)
+            ids, given = [], []
 
 
-def write_report(text: str) -> None:
+def write_report(text: str, is_final: bool) -> None:
+    """Writes beside `logprobs`, and at the end in its place: what was there before is kept until then."""
+    partial = f"{logprobs}.tmp"
     try:
-        Path(logprobs).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"logprobs={logprobs}: {error.strerror}") from error
+        Path(partial).write_text(text, encoding="utf-8")
+        if is_final:
+            os.replace(partial, logprobs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"logprobs={logprobs}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def main() -> None:
@@ -166,10 +180,10 @@ def main() -> None:
     model, tokens = load()
     prompts = read_prompts()
     ids = encode(prompts, tokens, model.config.block_size)
+    check_memory(model, len(ids) * num_samples, max(map(len, ids)) + max_new_tokens, place)
     rows = [prompt for prompt in ids for _ in range(num_samples)]
-    check_memory(model, len(rows), max(map(len, ids)) + max_new_tokens, place)
     if logprobs:
-        write_report("")  # that it can be written shows before the work, not after it
+        write_report("", is_final=False)  # that it can be written shows before the work, not after it
     engine = decode.prepare(model.eval(), place, kept, quantize == "int8", len(rows), max_new_tokens, compile)
     streams = [tokenizer.TextStream(tokens, stops()) for _ in rows]
     texts = [prompts[n // num_samples] for n in range(len(rows))]  # what is still to be shown of each
@@ -197,8 +211,9 @@ def main() -> None:
         for row, stream in enumerate(streams):
             if not stream.is_done:
                 texts[row] += stream.feed(new_ids[row])
-                drawn[row][0].append(new_ids[row])
-                drawn[row][1].append(new_logprobs[row])
+                if logprobs:
+                    drawn[row][0].append(new_ids[row])
+                    drawn[row][1].append(new_logprobs[row])
         show()
         if shown == len(rows):
             break
@@ -212,7 +227,7 @@ def main() -> None:
             pieces = [tokens.token_bytes(i).decode("utf-8", "replace") for i in its_ids]
             line = {"prompt": prompts[row // num_samples], "ids": its_ids, "tokens": pieces, "logprobs": its_logprobs}
             lines.append(json.dumps(line) + "\n")
-        write_report("".join(lines))
+        write_report("".join(lines), is_final=True)
     rate = len(rows) * steps / seconds
     print(f"{len(rows)} x {steps} tokens in {seconds:.2f} s, {rate:,.0f} tokens/s", file=sys.stderr)
 

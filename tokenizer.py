@@ -84,7 +84,7 @@ Tokenizer = CharTokenizer | GPT2Tokenizer
 
 
 class TextStream:
-    """The text of ids that come one by one, up to the first of `stops`, which may span tokens.
+    """The text of ids that come one by one, up to whichever of `stops` is complete first; they may span tokens.
 
     What is given out is final: a character waits for its last byte, and what may be the beginning of a stop waits until
     it is one or is none. `is_done` tells that a stop was met; what comes after it is ignored.
@@ -101,10 +101,10 @@ class TextStream:
         if self.is_done:
             return ""
         self._held += self._decoder.decode(self._tokenizer.token_bytes(i))
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             self.is_done = True
-            return self.finish(min(found))
+            return self.finish(min(found)[1])
         longest = max(map(len, self._stops), default=0) - 1  # of the beginnings of stops
         tails = (self._held[-n:] for n in range(min(longest, len(self._held)), 0, -1))
         tail = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")

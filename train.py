@@ -36,18 +36,28 @@ n_head = 12  # attention heads in a block
 n_embd = 768  # width
 dropout = 0.0  # 0 for pretraining; 0.1 and more for small data or fine-tuning
 bias = False  # biases in linear layers and layer norms
-# AdamW
-learning_rate = 6e-4  # the highest rate
+arch = "gpt2"  # gpt2, or qwen3: rotary positions, RMS norms, SwiGLU
+n_kv_head = 0  # qwen3: heads of keys and values, each shared by several of queries; 0 is n_head
+tie_embeddings = True  # one matrix for input and output; False only with qwen3
+# Optimizer
+optimizer = "adamw"  # adamw, or muon: Muon for the blocks' matrices, AdamW for all else
+learning_rate = 6e-4  # the highest rate; with muon, of vectors (norms, biases) alone
 max_iters = 600000  # updates in all
-weight_decay = 1e-1  # of matrices and embeddings
-beta1 = 0.9  # decay of the mean of gradients
-beta2 = 0.95  # decay of the mean of squared gradients
+weight_decay = 1e-1  # of matrices and embeddings; with muon, of the blocks' matrices
+beta1 = 0.9  # AdamW's decay of the mean of gradients
+beta2 = 0.95  # AdamW's decay of the mean of squared gradients
 grad_clip = 1.0  # gradients are scaled down to this norm; 0 is off
-# Learning rate: linear warm-up, then a cosine down to min_lr
+muon_lr = 0.02  # Muon's rate
+muon_momentum = 0.95  # Muon's decay of the mean of gradients
+embedding_lr = 0.012  # with muon: AdamW's rate for embeddings, at width 768; it goes with 1 / sqrt(width)
+head_lr = 0.004  # with muon: AdamW's rate for a head that is not tied, likewise
+# Learning rate: linear warm-up, then down to min_lr. Every group's rate takes the same course
 decay_lr = True  # False: learning_rate throughout
+schedule = "cosine"  # cosine, or wsd: constant, then linear over the last decay_fraction of lr_decay_iters
 warmup_iters = 2000  # updates of the warm-up
 lr_decay_iters = 600000  # the update at which min_lr is reached; about max_iters (Chinchilla)
 min_lr = 6e-5  # about learning_rate / 10 (Chinchilla)
+decay_fraction = 0.6  # of wsd
 # Processes and machine
 backend = "nccl"  # of torch.distributed on GPUs: nccl, gloo, …; CPUs use gloo
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
@@ -72,11 +82,13 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset as data
+import optimizer as optimizers
 import runtime
 from configurator import UserError
 from model import GPT, GPT2_MODELS, GPTConfig
 
-_ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # settings that a checkpoint decides
+# Settings that a checkpoint decides.
+_ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "arch", "n_kv_head", "tie_embeddings")
 _PASSING = ("out_dir", "init_from", "eval_only", "device", "wandb_log", "wandb_run_name")  # may change at every resume
 ROUND_VOCABULARY_TO = 64  # GPT-2's 50257 rows become 50304: matrix products of even sizes are faster
 
@@ -92,10 +104,16 @@ def check_settings() -> None:
     ]
     rules += [(0 <= values[k] < math.inf, f"{k} must be 0 or a positive number, not {values[k]}") for k in not_negative]
     rules += [(0 <= values[name] < 1, f"{name} must be in [0, 1), not {values[name]}") for name in ("beta1", "beta2")]
-    rules += [(False, line) for line in GPTConfig(block_size, 1, n_layer, n_head, n_embd, dropout, bias).problems()]
+    rules += [(False, line) for line in model_config(1).problems()]
+    positive = ("learning_rate", "muon_lr", "embedding_lr", "head_lr")
+    rules += [(0 < values[k] < math.inf, f"{k} must be a positive number, not {values[k]}") for k in positive]
     rules += [
+        (optimizer in ("adamw", "muon"), f"optimizer must be adamw or muon, not {optimizer!r}"),
+        (muon_lr <= 1, f"muon_lr is the length of a step relative to an orthogonal matrix, and {muon_lr} is no such"),
+        (0 <= muon_momentum < 1, f"muon_momentum must be in [0, 1), not {muon_momentum}"),
+        (schedule in ("cosine", "wsd"), f"schedule must be cosine or wsd, not {schedule!r}"),
+        (0 < decay_fraction <= 1, f"decay_fraction must be above 0 and at most 1, not {decay_fraction}"),
         (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
-        (0 < learning_rate < math.inf, f"learning_rate must be a positive number, not {learning_rate}"),
         (
             not decay_lr or warmup_iters != lr_decay_iters,
             f"warmup_iters and lr_decay_iters are both {warmup_iters}, which leaves no update to decay in",
@@ -118,6 +136,19 @@ def check_settings() -> None:
     configurator.check(rules, looks)
 
 
+def model_config(vocab_size: int) -> GPTConfig:
+    qwen3 = {"arch": arch, "n_kv_head": n_kv_head, "tie_embeddings": tie_embeddings}
+    return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, **qwen3)
+
+
+def make_optimizer(model: GPT, place: torch.device) -> torch.optim.Optimizer:
+    betas = (beta1, beta2)
+    if optimizer == "adamw":
+        return model.configure_optimizers(weight_decay, learning_rate, betas, place.type)
+    rates = {"matrix": muon_lr, "embedding": embedding_lr, "head": head_lr, "vector": learning_rate}
+    return optimizers.muon(model, rates, muon_momentum, betas, weight_decay)
+
+
 def load_model(meta: dict) -> tuple[GPT, dict]:
     """The model that init_from asks for, on the CPU, and what else its checkpoint holds ({} where there is none)."""
     state = {}
@@ -125,7 +156,7 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
         vocab_size = meta["vocab_size"] or 50304
         if meta["tokenizer"] and meta["tokenizer"].get("type") == "gpt2":
             vocab_size = math.ceil(vocab_size / ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO
-        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)), state
+        return GPT(model_config(vocab_size)), state
     if init_from == "resume":
         state = checkpoint.load_furthest(out_dir)
         source = str(state["path"])
@@ -156,13 +187,18 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
 
 
 def get_lr(iteration: int) -> float:
-    """Linear warm-up, then a cosine from learning_rate down to min_lr (Loshchilov and Hutter, 2017)."""
+    """Linear warm-up, then from learning_rate down to min_lr: along a cosine (Loshchilov and Hutter, 2017), or constant
+    and at last along a line (Hu et al., 2024: warm-up, stable, decay).
+    """
     if not decay_lr:
         return learning_rate
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if iteration > lr_decay_iters:
         return min_lr
+    if schedule == "wsd":
+        left = (lr_decay_iters - iteration) / (decay_fraction * lr_decay_iters)
+        return min_lr + min(1.0, left) * (learning_rate - min_lr)
     progress = (iteration - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
@@ -266,21 +302,22 @@ def main() -> None:
     folder = data.find(dataset)
     meta = data.load_meta(folder)
     raw_model, state = load_model(meta)
-    model_args = dataclasses.asdict(raw_model.config)
+    model_args = raw_model.config.to_args()
     T = raw_model.config.block_size
     splits = {name: data.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
     configurator.check([], [lambda split=split: split.check_length(T) for split in splits.values()])
     raw_model.to(place)
-    optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), place.type)
+    updater = make_optimizer(raw_model, place)
+    peak_rates = [group["lr"] / learning_rate for group in updater.param_groups]  # of each group, over learning_rate
     scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
     if "optimizer" in state:
-        checkpoint.load_optimizer(optimizer, state)
+        checkpoint.load_optimizer(updater, state)
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     iter_num, tokens_seen = state.get("iter_num", 0), state.get("tokens_seen", 0)
     best_val_loss, evaluated = state.get("best_val_loss", math.inf), state.get("evaluated", False)
     tokenizer_data = state.get("tokenizer") or meta["tokenizer"]
-    config = configurator.settings_of(globals()) | {name: model_args[name] for name in _ARCHITECTURE}
+    config = configurator.settings_of(globals()) | {name: getattr(raw_model.config, name) for name in _ARCHITECTURE}
     del state
     if compile:
         runtime.compile_model(raw_model, place)
@@ -319,7 +356,7 @@ def main() -> None:
     def save(*names: str) -> None:
         contents = {
             "model": raw_model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": updater.state_dict(),
             "model_args": model_args,
             "iter_num": iter_num,
             "best_val_loss": best_val_loss,
@@ -367,8 +404,8 @@ def main() -> None:
         raw_model.train()
         torch.manual_seed(data.mix(seed, iter_num, processes.rank))
         lr = get_lr(iter_num)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group, rate in zip(updater.param_groups, peak_rates, strict=True):
+            group["lr"] = lr * rate
         loss = torch.zeros(2, device=place)  # the mean over all micro-batches; whether a signal came in
         for micro_step in range(micro_steps):
             nth = iter_num * gradient_accumulation_steps + micro_step * processes.world_size + processes.rank
@@ -381,11 +418,11 @@ def main() -> None:
             loss[0] += micro_loss.detach()
         grad_norm = None
         if grad_clip:
-            scaler.unscale_(optimizer)
+            scaler.unscale_(updater)
             grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
-        scaler.step(optimizer)
+        scaler.step(updater)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        updater.zero_grad(set_to_none=True)
         tokens_seen += tokens_per_iter
         timed += 1
 

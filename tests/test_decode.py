@@ -1,4 +1,5 @@
 import math
+import zipfile
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ def make(**changes) -> GPT:
     model = GPT(GPTConfig(**{**SHAPE, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
+            if not parameter.any():  # what begins at zero
+                parameter.normal_(std=0.3)
+            elif parameter.dim() == 2:
+                parameter.mul_(8 if model.config.arch == "gpt2" else 2)
             else:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
@@ -57,12 +60,13 @@ def has_compiler() -> bool:
     [
         (torch.float32, False, True, [[1, 2, 3], [4]]),
         (torch.bfloat16, False, False, [[1, 2, 3]]),
-        (torch.float32, True, True, [[1, 2, 3], [4], [1, 2, 3]]),
+        (torch.float32, True, None, [[1, 2, 3], [4], [1, 2, 3]]),
     ],
-    ids=["float32", "bfloat16", "int8"],
+    ids=["float32", "bfloat16", "int8 qwen3"],
 )
 def test_a_compiled_step_gives_the_full_forward_pass(compiled_folder, capfd, dtype, quantize, bias, prompts):
-    model = make(bias=bias)
+    qwen3 = {"arch": "qwen3", "bias": False, "n_head": 4, "n_kv_head": 2, "tie_embeddings": False}
+    model = make(**(qwen3 if bias is None else {"bias": bias}))
     engine = prepare(model, CPU, dtype, quantize, len(prompts), 10**9, True)
     assert isinstance(engine, CompiledStep) and "compiling" in capfd.readouterr().err
     found = logits_of(model, prompts, 25, engine)
@@ -166,12 +170,43 @@ def test_without_a_working_compiler_it_goes_on_with_a_warning(tmp_path, monkeypa
     assert prepare(model, CPU, torch.float32, False, 1, 10**9, False) is model and capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 torn"])
+def test_a_damaged_package_is_made_anew(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, made = make(), []
+    step = CompiledStep(model, decode.pack(model, torch.float32, False), 1)
+    assert not step.is_compiled()
+    for path in step.paths:
+        path.parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("code", b"1" * 1000)
+    assert step.is_compiled()
+    whole = step.paths[0].read_bytes()
+    for bad in (damage, whole[:500] + b"2" + whole[501:]):
+        step.paths[0].write_bytes(bad)
+        assert not step.is_compiled()
+    monkeypatch.setattr(decode, "_build", lambda path, *a: made.append(path))
+    monkeypatch.setattr(decode, "_load", lambda path: None)
+    step.compile()
+    assert made == step.paths
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "/tmp/" + 300 * "a"])
+def test_a_cache_folder_that_cannot_be_is_no_obstacle(monkeypatch, capfd, folder):
+    monkeypatch.setenv("XDG_CACHE_HOME", folder)
+    model = make()
+    assert prepare(model, CPU, torch.float32, False, 1, 3, True) is model and capfd.readouterr().err == ""
+    assert prepare(model, CPU, torch.float32, False, 1, 10**9, True) is model
+    assert "warning: the step can't be compiled" in capfd.readouterr().err
+
+
 class Replayed(GraphedStep):
     """GraphedStep, with the computation itself in place of the recorded graph."""
 
     def capture(self, tokens, cache):
         self.cache, self.tokens, self.at = cache, tokens.clone(), torch.tensor(cache.lengths)
         self.lengths, self.graph, self.logits = list(cache.lengths), self, torch.empty(len(tokens), SHAPE["vocab_size"])
+        self.captures = getattr(self, "captures", 0) + 1
 
     def replay(self):
         self.logits.copy_(self.compute())
@@ -184,6 +219,18 @@ def test_the_step_of_fixed_shape_gives_the_same_text_as_the_growing_one():
         for engine in (Replayed(model), model)
     ]
     assert torch.equal(*texts)
+
+
+def test_two_streams_may_take_turns_on_one_fixed_step():
+    model, how = make(), Sampling(temperature=0)
+    engine = Replayed(model)
+    turns = zip(model.stream([[1, 2]], 9, how, engine=engine), model.stream([[7]], 9, how, engine=engine), strict=True)
+    texts = torch.stack([torch.cat((a[0], b[0])) for a, b in turns])
+    for row, prompt in enumerate(([1, 2], [7])):
+        assert torch.equal(texts[:, row], model.generate(torch.tensor([prompt]), 9, 0)[0, len(prompt) :])
+    before = engine.captures
+    model.generate(torch.tensor([[3]]), 9, engine=engine)
+    assert engine.captures == before + 1  # one for a text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -67,6 +67,101 @@ def test_logits_are_those_of_an_independent_implementation(bias):
     torch.testing.assert_close(ours(idx, idx)[0], reference(idx), atol=1e-4, rtol=0)
 
 
+QWEN3 = {"arch": "qwen3", "bias": False, "n_embd": 48, "n_head": 4}
+
+
+def as_qwen3_of_transformers(model: GPT):
+    """The same weights in transformers' Qwen3ForCausalLM."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, rms_norm_eps=1e-6,
+            max_position_embeddings=c.block_size, rope_theta=c.rope_theta, tie_word_embeddings=c.tie_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        )
+    )  # fmt: skip
+    ours, state = model.state_dict(), {}
+    state["model.embed_tokens.weight"] = ours["transformer.wte.weight"]
+    state["model.norm.weight"], state["lm_head.weight"] = ours["transformer.ln_f.weight"], ours["lm_head.weight"]
+    for n in range(c.n_layer):
+        here, there = f"transformer.h.{n}.", f"model.layers.{n}."
+        sizes = [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
+        for name, part in zip("qkv", ours[here + "attn.c_attn.weight"].split(sizes), strict=True):
+            state[f"{there}self_attn.{name}_proj.weight"] = part
+        for name, part in zip(("gate", "up"), ours[here + "mlp.c_fc.weight"].chunk(2), strict=True):
+            state[f"{there}mlp.{name}_proj.weight"] = part
+        state[there + "self_attn.o_proj.weight"] = ours[here + "attn.c_proj.weight"]
+        state[there + "mlp.down_proj.weight"] = ours[here + "mlp.c_proj.weight"]
+        state[there + "self_attn.q_norm.weight"] = ours[here + "attn.q_norm.weight"]
+        state[there + "self_attn.k_norm.weight"] = ours[here + "attn.k_norm.weight"]
+        state[there + "input_layernorm.weight"] = ours[here + "ln_1.weight"]
+        state[there + "post_attention_layernorm.weight"] = ours[here + "ln_2.weight"]
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+def shaken(model: GPT) -> GPT:
+    """Every weight away from where it began, zeros and ones included; the logits differ by units."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            width = 0.5 if parameter.dim() == 1 or "wte" in name else 2.0 * parameter.size(1) ** -0.5
+            parameter.add_(width * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_head": 2, "tie_embeddings": False, "rope_theta": 1e6},
+        {"n_kv_head": 1, "head_dim": 20, "n_hidden": 56},
+    ],
+    ids=str,
+)
+def test_qwen3_logits_are_those_of_transformers(changes):
+    ours = shaken(make(**QWEN3, **changes))
+    theirs = as_qwen3_of_transformers(ours)
+    idx = tokens(3, 32)
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert expected.std() > 0.5
+        torch.testing.assert_close(ours(idx, idx)[0], expected, atol=1e-4, rtol=0)
+    assert sum(p.numel() for p in theirs.parameters()) == ours.get_num_params(non_embedding=False)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2, "tie_embeddings": False}], ids=str)
+def test_qwen3_generates_what_its_full_forward_pass_gives(changes):
+    model = shaken(make(**QWEN3, **changes))
+    idx = tokens(3, 7)
+    assert torch.equal(model.generate(idx, 70, temperature=0), full_forward(model, idx, 70))
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (1, 30, 7)]
+    together = torch.stack([ids for ids, _ in model.stream(prompts, 40, Sampling(top_k=20), seeds=[4, 5, 6])])
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), 40, top_k=20, seeds=[row + 4])
+        assert torch.equal(together[:, row], alone[0, len(prompt) :])
+
+
+def test_qwen3_begins_as_the_identity_and_predicts_nothing_yet():
+    model = make(**QWEN3, tie_embeddings=False)
+    idx = tokens(2, 9)
+    assert torch.equal(model._hidden(idx, torch.arange(9)), model.transformer.ln_f(model.transformer.wte(idx)))
+    assert model(idx, idx)[1].item() == pytest.approx(math.log(101), abs=1e-6)
+    with pytest.raises(ValueError, match=r"transformer\.new\.weight"):
+        model._initialise("transformer.new.weight", model.lm_head.weight)
+
+
+def test_a_cropped_qwen3_computes_what_the_whole_one_does():
+    model, idx = shaken(make(**QWEN3)), tokens(2, 12)
+    before = model(idx, idx)[0]
+    model.crop_block_size(12)
+    assert torch.equal(model(idx, idx)[0], before)
+    with pytest.raises(ValueError, match="13 tokens"):
+        model(tokens(2, 13))
+
+
 def test_twenty_adamw_steps_lose_what_transformers_loses():
     ours, losses = make().train(), []
     theirs = as_transformers(ours).train()
@@ -282,6 +377,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax():
         torch.testing.assert_close(found, shares_expected, atol=1e-3, rtol=0)
     torch.testing.assert_close(shares(temperature=0.5, top_k=0), (logits[0] / 0.5).softmax(0), atol=1e-3, rtol=0)
     assert all(shares(temperature=temperature)[3] == 1 for temperature in (1e-30, 1e-50, 0))
+    assert all(abs(share - 0.25) < 1e-3 for share in shares(temperature=1e300)[:4])
     # In their order: of the two that top_k leaves, the likelier has 0.73 of the mass.
     assert shares(top_k=2, top_p=0.7)[3] == 1
     edge = torch.tensor([0.0, 1 - 2**-24])
@@ -332,6 +428,11 @@ def test_a_strong_repetition_penalty_repeats_nothing():
 def test_generation_settings_out_of_range_are_refused(keywords):
     with pytest.raises(ValueError, match=next(iter(keywords))):
         make().generate(tokens(1, 1), 1, **keywords)
+
+
+def test_a_seed_is_needed_for_every_row():
+    with pytest.raises(ValueError, match="1 seeds for 3"):
+        make().generate(tokens(3, 1), 1, seeds=[1])
 
 
 def test_an_empty_prompt_is_refused():

@@ -139,7 +139,37 @@ def test_a_cache_that_cannot_fit_is_refused_with_its_size(trained, sample, monke
     monkeypatch.setattr(runtime, "available_memory", lambda place: 1_000_000)
     assert sample(num_samples=2, max_new_tokens=20).code == 0
     # 2 (keys, values) x 2 layers x 16 wide x 16 positions x 4 bytes x 100,000 rows
-    assert_user_error(sample(num_samples=100_000), "0.4 GiB", "fewer samples")
+    assert_user_error(sample(num_samples=100_000), "a cache of 0.4", "fewer samples")
+    assert_user_error(sample(num_samples=2, max_new_tokens=2_000_000_000), "smaller max_new_tokens")
+
+
+def test_the_prompt_may_come_through_a_pipe(trained):
+    command = f"printf 'quick fox' | {sys.executable} {ROOT / 'sample.py'} --start=FILE:/dev/stdin --num_samples=1"
+    result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True)
+    assert result.returncode == 0 and "quick fox" in result.stdout, result.stderr
+
+
+def test_an_earlier_report_stays_until_the_new_one_is_whole(trained, sample, monkeypatch):
+    assert sample(num_samples=1, max_new_tokens=5, logprobs="l.jsonl").code == 0
+    before = (trained / "l.jsonl").read_text()
+    monkeypatch.setattr(model.GPT, "stream", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(num_samples=1, max_new_tokens=5, logprobs="l.jsonl")
+    assert (trained / "l.jsonl").read_text() == before
+
+
+def test_weights_that_are_not_finite_are_one_line(trained, sample):
+    state = torch.load(trained / "out" / "ckpt.pt")
+    state["model"]["transformer.ln_f.weight"].fill_(float("nan"))
+    torch.save(state, trained / "out" / "ckpt.pt")
+    assert_user_error(sample(num_samples=1), "not finite")
+
+
+def test_a_gpt2_folder_with_too_small_a_vocabulary_is_one_line(tiny, sample, gpt2_bpe):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=1000, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained("small")
+    assert_user_error(sample(init_from="small", start="Hello"), "50257 tokens", "only 1000")
 
 
 def test_a_prompt_longer_than_the_context_counts_by_its_end(trained, sample):
@@ -220,6 +250,9 @@ def test_padding_rows_are_never_sampled(tiny, sample, train):
         ({"prompt_per_line": True}, ["prompt_per_line", "FILE:"]),
         ({"start": "FILE:gap.txt", "prompt_per_line": True}, ["gap.txt", "line 2"]),
         ({"logprobs": "no/folder/l.jsonl"}, ["logprobs=no/folder/l.jsonl"]),
+        ({"logprobs": "a\0b"}, ["logprobs"]),
+        ({"logprobs": "out/last.pt"}, ["overwrite"]),
+        ({"max_new_tokens": 10**20}, ["max_new_tokens"]),
         ({"start": ""}, ["start"]),
         ({"start": "fox €"}, ["'€'"]),
         ({"start": "FILE:missing.txt"}, ["missing.txt"]),

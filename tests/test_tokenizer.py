@@ -73,6 +73,7 @@ def streamed(tokenizer, ids, stops=()):
         (["x"], "abcabd", False),
         (["dx"], "abcabd", False),  # held back to the end, and given out there
         (["a"], "", True),
+        (["abcab", "c"], "ab", True),  # the c is complete first, wherever the tokens end
     ],
 )
 def test_a_text_ends_before_a_stop_also_across_tokens(stops, text, done):

@@ -1,0 +1,109 @@
+"""Optimizers: AdamW as nanoGPT uses it, and Muon for matrices with AdamW for the rest.
+
+Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
+orthogonal one, found by a few Newton-Schulz steps: a step of the same length in every direction of the matrix.
+"""
+
+import math
+
+import torch
+
+from model import GPT
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: singular values go to about 1 in 5 steps, from 0.01 on
+NEWTON_SCHULZ_STEPS = 5
+RATES_WIDTH = 768  # the width at which the rates of embeddings and head hold; they go with its inverse square root
+
+
+def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
+    """Nearly orthogonalises a batch of matrices (n, rows, columns), rows <= columns: U S V' becomes about U V'."""
+    a, b, c = QUINTIC
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups with kind='muon', fused AdamW for the others.
+
+    A group of Muon's: `parts` gives for each of its matrices the rows of those that were fused into it, each of which
+    is orthogonalised by itself. Keys: lr, momentum, weight_decay (decoupled). A part (rows, columns) moves by
+    lr * sqrt(max(1, rows / columns)) times an orthogonal matrix.
+    """
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, {})
+        self._adamw = torch.optim.AdamW([group for group in groups if group["kind"] == "adamw"], fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        assert closure is None, "no closure is called"
+        self._adamw.state = self.state  # the same objects, also after load_state_dict has replaced ours
+        self._adamw.param_groups = [
+            self._adamw.defaults | group for group in self.param_groups if group["kind"] == "adamw"
+        ]
+        self._adamw.step()
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                self._muon_step(group)
+
+    def _muon_step(self, group: dict) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        sizes = [parts for p, parts in zip(group["params"], group["parts"], strict=True) if p.grad is not None]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta, grads = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's: one step ahead
+        places: dict[tuple[int, int], list[torch.Tensor]] = {}  # parts of one shape, lying down, to go in one batch
+        for update, rows in zip(updates, sizes, strict=True):
+            for part in update.split(rows):
+                flat = part if part.size(0) <= part.size(1) else part.mT
+                places.setdefault(tuple(flat.shape), []).append(flat)
+        for flats in places.values():
+            for flat, orthogonal in zip(flats, newton_schulz(torch.stack(flats).to(_dtype(flats[0]))), strict=True):
+                flat.copy_(orthogonal)  # in place of the update that it came from
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for p, update, rows in zip(parameters, updates, sizes, strict=True):
+            for target, part in zip(p.split(rows), update.split(rows), strict=True):
+                target.add_(part, alpha=-group["lr"] * math.sqrt(max(1.0, part.size(0) / part.size(1))))
+
+
+def _dtype(x: torch.Tensor) -> torch.dtype:
+    """What Newton-Schulz computes in: bfloat16 on GPUs, as in the records; on CPUs that gains nothing."""
+    return torch.bfloat16 if x.device.type == "cuda" else torch.float32
+
+
+def muon(model: GPT, rates: dict[str, float], momentum: float, betas: tuple[float, float], weight_decay: float) -> Muon:
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors.
+
+    rates: 'matrix', 'embedding', 'head', 'vector'. Those of embedding and head are meant for a width of RATES_WIDTH.
+    Every parameter is in exactly one group.
+    """
+    c, transformer = model.config, model.transformer
+    by_width = math.sqrt(RATES_WIDTH / c.n_embd)
+    matrices = {name: p for name, p in transformer.h.named_parameters() if p.dim() == 2}
+    fused = {
+        "attn.c_attn.weight": [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)],
+        "mlp.c_fc.weight": [c.n_hidden, c.n_hidden],
+    }
+    if c.arch == "gpt2":
+        del fused["mlp.c_fc.weight"]
+    parts = [fused.get(name.split(".", 1)[1], [p.size(0)]) for name, p in matrices.items()]
+    adamw = {"kind": "adamw", "betas": betas, "eps": 1e-10, "weight_decay": 0.0}  # zero heads want so small an eps
+    embeddings = [p for name, p in transformer.named_parameters() if name in ("wte.weight", "wpe.weight")]
+    groups = [
+        {"kind": "muon", "params": list(matrices.values()), "parts": parts, "lr": rates["matrix"], "momentum": momentum}
+        | {"weight_decay": weight_decay},
+        adamw | {"params": embeddings, "lr": rates["embedding"] * by_width},
+        adamw | {"params": [p for p in model.parameters() if p.dim() < 2], "lr": rates["vector"]},
+    ]
+    if not c.tie_embeddings:
+        groups.append(adamw | {"params": [model.lm_head.weight], "lr": rates["head"] * by_width})
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters())), "each parameter belongs in exactly one group"
+    return Muon(groups)
