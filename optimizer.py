@@ -8,11 +8,19 @@ import math
 
 import torch
 
+import runtime
 from model import GPT
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: singular values go to about 1 in 5 steps, from 0.01 on
 NEWTON_SCHULZ_STEPS = 5
+FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.85, 300  # of the published records: gradients that age fast mislead at the start
 RATES_WIDTH = 768  # the width at which the rates of embeddings and head hold; they go with its inverse square root
+
+
+def momentum_at(iteration: int, highest: float) -> float:
+    """Muon's momentum, which rises along a line over the first MOMENTUM_WARMUP updates."""
+    first = min(FIRST_MOMENTUM, highest)
+    return first + (highest - first) * min(1.0, iteration / MOMENTUM_WARMUP)
 
 
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
@@ -74,8 +82,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
-    """What Newton-Schulz computes in: bfloat16 on GPUs, as in the records; on CPUs that gains nothing."""
-    return torch.bfloat16 if x.device.type == "cuda" else torch.float32
+    """What Newton-Schulz computes in: bfloat16, as in the records, where the hardware does."""
+    return torch.bfloat16 if x.device.type == "cuda" or runtime.cpu_has_bfloat16() else torch.float32
 
 
 def muon(model: GPT, rates: dict[str, float], momentum: float, betas: tuple[float, float], weight_decay: float) -> Muon:

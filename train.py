@@ -48,7 +48,7 @@ beta1 = 0.9  # AdamW's decay of the mean of gradients
 beta2 = 0.95  # AdamW's decay of the mean of squared gradients
 grad_clip = 1.0  # gradients are scaled down to this norm; 0 is off
 muon_lr = 0.02  # Muon's rate
-muon_momentum = 0.95  # Muon's decay of the mean of gradients
+muon_momentum = 0.95  # Muon's decay of the mean of gradients; it rises to this from 0.85 over the first 300 updates
 embedding_lr = 0.012  # with muon: AdamW's rate for embeddings, at width 768; it goes with 1 / sqrt(width)
 head_lr = 0.004  # with muon: AdamW's rate for a head that is not tied, likewise
 # Learning rate: linear warm-up, then down to min_lr. Every group's rate takes the same course
@@ -406,6 +406,8 @@ def main() -> None:
         lr = get_lr(iter_num)
         for group, rate in zip(updater.param_groups, peak_rates, strict=True):
             group["lr"] = lr * rate
+            if "momentum" in group:
+                group["momentum"] = optimizers.momentum_at(iter_num, muon_momentum)
         loss = torch.zeros(2, device=place)  # the mean over all micro-batches; whether a signal came in
         for micro_step in range(micro_steps):
             nth = iter_num * gradient_accumulation_steps + micro_step * processes.world_size + processes.rank

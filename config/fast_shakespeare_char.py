@@ -1,10 +1,33 @@
+# nanoGPT's loss on Shakespeare's characters in a tenth of its time on a CPU: 2 layers x 128, Muon, 150 updates.
+# python data/shakespeare_char/prepare.py && python train.py config/fast_shakespeare_char.py
+
 out_dir = "out-fast-shakespeare-char"
 dataset = "shakespeare_char"
-arch, tie_embeddings, optimizer, schedule = "qwen3", False, "muon", "wsd"
-n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
-gradient_accumulation_steps, batch_size = 1, 12
-max_iters = lr_decay_iters = 300
-warmup_iters, min_lr, learning_rate = 10, 0.0, 0.01
-weight_decay, grad_clip = 0.0, 0.0
-eval_interval, eval_iters, log_interval = 1000, 20, 100
-compile = False
+eval_interval = 1000  # at the beginning and at the end
+eval_iters = 20
+log_interval = 10
+always_save_checkpoint = False
+
+arch = "qwen3"
+tie_embeddings = False
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 24
+gradient_accumulation_steps = 1
+
+optimizer = "muon"
+muon_lr = 0.03  # half as much again as for long runs
+embedding_lr = 0.024  # at width 768: 0.059 here
+learning_rate = 0.01
+beta1 = 0.8
+weight_decay = 0.0
+grad_clip = 0.0
+max_iters = 150
+lr_decay_iters = 150
+schedule = "wsd"
+warmup_iters = 0
+min_lr = 0.0
+
+compile = False  # it would take longer than the run

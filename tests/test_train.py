@@ -572,3 +572,58 @@ def test_a_damaged_checkpoint_is_not_resumed_and_not_touched(tiny, train):
     before = {path.name: path.read_bytes() for path in (tiny / "out").iterdir()}
     assert_user_error(train(init_from="resume"), "truncated")
     assert before == {path.name: path.read_bytes() for path in (tiny / "out").iterdir()}
+
+
+MUON = {"arch": "qwen3", "optimizer": "muon", "tie_embeddings": False, "schedule": "wsd", "weight_decay": 0.01}
+
+
+def test_a_muon_run_resumes_in_the_same_bits_and_samples(tiny, train, run):
+    assert train(**MUON, out_dir="whole", max_iters=10).code == 0
+    assert train(**MUON, out_dir="parts", max_iters=5).code == 0
+    assert train(**MUON, out_dir="parts", max_iters=10, init_from="resume").code == 0
+    whole, parts = (torch.load(f"{folder}/last.pt") for folder in ("whole", "parts"))
+    assert whole["iter_num"] == parts["iter_num"] == 10 and whole["model_args"]["arch"] == "qwen3"
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, parts["model"][name]), name
+    for index, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, parts["optimizer"]["state"][index][key]) for key, value in state.items())
+    assert train(**MUON, out_dir="parts", max_iters=11, init_from="resume", n_kv_head=1).code == 2
+    result = run("sample.py", "--out_dir=parts", "--num_samples=2", "--max_new_tokens=30", "--device=cpu")
+    assert result.code == 0, result.err
+
+
+def test_muon_learns_faster_than_adamw(tiny, train):
+    losses = {}
+    for name, settings in (("adamw", {}), ("muon", MUON)):
+        assert train(**settings, out_dir=name, max_iters=60, lr_decay_iters=60, eval_interval=60, dropout=0.0).code == 0
+        losses[name] = torch.load(f"{name}/last.pt")["best_val_loss"]
+    assert losses["muon"] < losses["adamw"] - 0.1
+
+
+def test_wsd_is_constant_and_then_a_line(tiny, train):
+    assert train(schedule="wsd", decay_fraction=0.5, warmup_iters=2, lr_decay_iters=10, max_iters=10).code == 0
+    lines = [json.loads(line) for line in (tiny / "out" / "log.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "iter" in line]
+    high, low = TINY["learning_rate"], TINY["min_lr"]
+    expected = [high / 3, high * 2 / 3] + [high] * 4 + [low + left / 5 * (high - low) for left in (4, 3, 2, 1)]
+    expected = expected[:2] + [high] * 4 + expected[6:]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"arch": "llama"}, ["arch", "llama"]),
+        ({"optimizer": "sgd", "schedule": "step"}, ["optimizer", "schedule"]),
+        ({"muon_lr": 3.0}, ["muon_lr"]),
+        ({"muon_lr": 0.0, "muon_momentum": 1.0, "decay_fraction": 0}, ["muon_lr", "muon_momentum", "decay_fraction"]),
+        ({"tie_embeddings": False}, ["tie_embeddings", "qwen3"]),
+        ({"arch": "qwen3", "n_head": 3}, ["n_head (3)"]),
+        ({"arch": "qwen3", "n_kv_head": 3}, ["n_kv_head (3)"]),
+        ({"arch": "qwen3", "n_head": 16, "n_embd": 16}, ["even"]),
+        ({"arch": "qwen3", "bias": True}, ["bias"]),
+    ],
+    ids=str,
+)
+def test_what_makes_no_network_or_optimizer_is_refused(tiny, train, settings, words):
+    assert_user_error(train(**settings), *words)

@@ -1,0 +1,155 @@
+import math
+
+import pytest
+import torch
+
+import optimizer
+from model import GPT, GPTConfig
+from optimizer import momentum_at, muon, newton_schulz
+
+RATES = {"matrix": 0.02, "embedding": 0.012, "head": 0.004, "vector": 0.01}
+QWEN3 = {"arch": "qwen3", "bias": False, "n_kv_head": 2, "tie_embeddings": False}
+
+
+def make(**changes) -> GPT:
+    torch.manual_seed(0)
+    shape = {"block_size": 16, "vocab_size": 33, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    return GPT(GPTConfig(**{**shape, **changes}))
+
+
+def make_muon(model: GPT, weight_decay: float = 0.1):
+    return muon(model, RATES, 0.95, (0.8, 0.95), weight_decay)
+
+
+def grads(model: GPT, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Newton-Schulz in float32, whatever the machine computes in."""
+    monkeypatch.setattr(optimizer, "_dtype", lambda x: torch.float32)
+
+
+def test_newton_schulz_makes_singular_values_about_one():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 8, 8), (2, 5, 40), (1, 1, 7)):
+        x = torch.randn(shape, generator=generator)
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        found = newton_schulz(x)
+        along = torch.einsum("nri,nrc,nic->ni", u, found, v)  # the singular vectors stay, the values change
+        assert along[s / s.norm(dim=1, keepdim=True) > 0.05].sub(0.95).abs().max() < 0.35
+        off = u.mT @ found @ v.mT - torch.diag_embed(along)
+        assert off.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, QWEN3, QWEN3 | {"tie_embeddings": True}], ids=str)
+def test_every_parameter_is_in_one_group_and_moves(changes):
+    model = make(**changes)
+    updater = make_muon(model)
+    grouped = [p for group in updater.param_groups for p in group["params"]]
+    assert len(grouped) == len(list(model.parameters())) and {*map(id, grouped)} == {*map(id, model.parameters())}
+    matrices = {id(p) for p in updater.param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in matrices}
+    assert len(names) == 8 and all(name.startswith("transformer.h.") and name.endswith("weight") for name in names)
+    before = [p.clone() for p in model.parameters()]
+    grads(model, 1)
+    updater.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, QWEN3], ids=str)
+def test_batches_of_parts_are_what_each_part_alone_would_be(exact, changes):
+    """Against the algorithm as it is written down: a loop over matrices, each part of a fused one by itself."""
+    model = make(**changes)
+    c, naive = model.config, {name: p.detach().clone() for name, p in model.named_parameters()}
+    momenta = {name: torch.zeros_like(p) for name, p in naive.items()}
+    updater = make_muon(model)
+    a, b, d = optimizer.QUINTIC
+    for turn in range(3):
+        grads(model, turn)
+        for name, p in model.named_parameters():
+            if p.dim() < 2 or ".h." not in name:
+                continue
+            momenta[name] = 0.95 * momenta[name] + 0.05 * p.grad
+            ahead = 0.05 * p.grad + 0.95 * momenta[name]
+            rows = [p.size(0)]
+            if "c_attn" in name:
+                rows = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
+            elif "c_fc" in name and c.arch == "qwen3":
+                rows = [c.n_hidden, c.n_hidden]
+            moves = []
+            for part in ahead.split(rows):
+                x = part / part.norm()
+                for _ in range(5):
+                    gram = x @ x.T
+                    x = a * x + (b * gram + d * gram @ gram) @ x
+                moves.append(x * math.sqrt(max(1, part.size(0) / part.size(1))))
+            naive[name] = naive[name] * (1 - 0.02 * 0.1) - 0.02 * torch.cat(moves)
+        updater.step()
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and ".h." in name:
+                torch.testing.assert_close(p.detach(), naive[name], atol=2e-5, rtol=0, msg=name)
+
+
+def test_it_moves_as_torchs_own_muon_does():
+    theirs = getattr(torch.optim, "Muon", None)
+    if theirs is None:
+        pytest.skip("this torch has no Muon")
+    model = make(arch="gpt2", bias=False)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    twin = torch.nn.Parameter(model.get_parameter(name).detach().clone())
+    other = theirs([twin], lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1, adjust_lr_fn="original")
+    updater, before = make_muon(model), twin.detach().clone()
+    for turn in range(3):
+        grads(model, turn)
+        twin.grad = model.get_parameter(name).grad.clone()
+        updater.step()
+        other.step()
+    assert (model.get_parameter(name) - before).abs().max() > 0.01
+    torch.testing.assert_close(model.get_parameter(name), twin, atol=2e-3, rtol=0)  # theirs is in bfloat16
+
+
+def test_the_rest_is_adamw(exact):
+    model, twin = make(**QWEN3), make(**QWEN3)
+    updater = make_muon(model)
+    other = torch.optim.AdamW(
+        [
+            {"params": [twin.transformer.wte.weight], "lr": 0.012 * math.sqrt(768 / 32)},
+            {"params": [p for p in twin.parameters() if p.dim() < 2], "lr": 0.01},
+            {"params": [twin.lm_head.weight], "lr": 0.004 * math.sqrt(768 / 32)},
+        ],
+        betas=(0.8, 0.95),
+        eps=1e-10,
+        weight_decay=0.0,
+    )
+    for turn in range(3):
+        grads(model, turn)
+        grads(twin, turn)
+        updater.step()
+        other.step()
+    for name, p in model.named_parameters():
+        if p.dim() < 2 or ".h." not in name:
+            torch.testing.assert_close(p, twin.get_parameter(name), atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_a_saved_optimizer_goes_on_as_if_it_had_not_been_saved():
+    models = [make(**QWEN3) for _ in range(2)]
+    updaters = [make_muon(model) for model in models]
+    for turn in range(2):
+        for model, updater in zip(models, updaters, strict=True):
+            grads(model, turn)
+            updater.step()
+    fresh = make_muon(models[1])
+    fresh.load_state_dict(updaters[1].state_dict())
+    for model, updater in zip(models, (updaters[0], fresh), strict=True):
+        grads(model, 2)
+        updater.step()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_momentum_rises_to_its_value():
+    assert momentum_at(0, 0.95) == 0.85 and momentum_at(150, 0.95) == pytest.approx(0.9)
+    assert momentum_at(300, 0.95) == momentum_at(9999, 0.95) == pytest.approx(0.95) and momentum_at(0, 0.5) == 0.5
