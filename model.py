@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 LOSS_CHUNK_LOGITS = 2**25  # logits that the chunked loss holds at a time: 128 MiB in float32
 CPU_FLOAT32_ATTENTION = 512  # up to this context, attention on CPUs trains faster in float32 than in bfloat16
@@ -167,43 +168,52 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(ndim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight).to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (…, C) over its root mean square, times weight; in float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.float()
 
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary positions (Su et al., 2021) in the layout of Hugging Face: channel i turns together with i + head_dim/2.
 
-    x (B, n_head, T, head_dim), rope: cosines and sines, each (T, head_dim) or (B, 1, T, head_dim).
+    x (B, n_head, T, head_dim), rope: cosines and sines, each (T, head_dim/2) or (B, 1, T, head_dim/2).
     """
-    cos, sin = rope
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    (cos, sin), (first, second) = rope, x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of queries, keys, values
-        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.n_head, self.n_kv = config.n_head, config.n_kv_head
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv) * config.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         if config.arch == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.head_dim, self.dropout, self.layer = config.head_dim, config.dropout, layer
+        self.head_dim, self.layer = config.head_dim, layer
+        # GPT-2 drops attention weights too. Without that, attention is one fused kernel, which takes half the time.
+        self.dropout = config.dropout if config.arch == "gpt2" else 0.0
 
     def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
         """x: (B, T, C). With a cache, T tokens of a prompt, or one token behind what the cache holds."""
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
-        if rope is not None:
-            q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        qk, v = (
+            self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split((self.n_head + self.n_kv, self.n_kv), 1)
+        )
+        if rope is not None:  # queries and keys in one go
+            weights = (self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv, -1))
+            qk = rotate(rms_norm(qk, torch.cat(weights)[:, None]), rope).to(v.dtype)
+        q, k = qk.split((self.n_head, self.n_kv), dim=1)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)
-        if self.heads[0] != self.heads[1]:  # each head of keys and values serves several of queries
-            k, v = (t.repeat_interleave(self.heads[0] // self.heads[1], dim=1) for t in (k, v))
+        if self.n_kv != self.n_head:  # each head of keys and values serves several of queries
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv, dim=1) for t in (k, v))
         if torch.compiler.is_exporting():  # a compiled step: written out, it becomes loops of its own
             scores = (q * k).sum(-1, keepdim=True).transpose(2, 3) / math.sqrt(self.head_dim)  # (B, n_head, 1, end)
             weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
@@ -329,6 +339,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         self._rope_table: torch.Tensor | None = None
+        self.activation_checkpointing = False  # in training, keep only what enters a block, and compute the rest again
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 self._initialise(name, parameter)
@@ -375,12 +386,11 @@ class GPT(nn.Module):
         return self.transformer.drop(x), rope
 
     def _rope(self, device: torch.device) -> torch.Tensor:
-        """Cosines and sines for every position, (2, block_size, head_dim), in float32 whatever the weights are in."""
+        """Cosines and sines for every position, (2, block_size, head_dim / 2), in float32 whatever the weights are."""
         if self._rope_table is None or self._rope_table.device != device:
             c = self.config
             channels = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
             angles = torch.arange(c.block_size, device=device)[:, None] * c.rope_theta ** (-channels / c.head_dim)
-            angles = torch.cat((angles, angles), dim=1)
             self._rope_table = torch.stack((angles.cos(), angles.sin()))
         return self._rope_table
 
@@ -389,7 +399,12 @@ class GPT(nn.Module):
         x, rope = self.embed(idx, position)
         for block in self.transformer.h:
             # Compiled blocks are for training: behind a cache each step has another shape, and would compile again.
-            x = block(x, rope) if cache is None else block.forward(x, rope, cache)
+            if cache is not None:
+                x = block.forward(x, rope, cache)
+            elif self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True):

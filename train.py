@@ -39,10 +39,16 @@ bias = False  # biases in linear layers and layer norms
 arch = "gpt2"  # gpt2, or qwen3: rotary positions, RMS norms, SwiGLU
 n_kv_head = 0  # qwen3: heads of keys and values, each shared by several of queries; 0 is n_head
 tie_embeddings = True  # one matrix for input and output; False only with qwen3
+activation_checkpointing = (
+    False  # keep less for the backward pass and compute it again: a third slower, for small cards
+)
 # Optimizer
 optimizer = "adamw"  # adamw, or muon: Muon for the blocks' matrices, AdamW for all else
 learning_rate = 6e-4  # the highest rate; with muon, of vectors (norms, biases) alone
 max_iters = 600000  # updates in all
+token_budget = 0  # tokens in all, in place of max_iters and, unless it is given, of lr_decay_iters; 0 is off
+target_val_loss = 0.0  # stop at the first evaluation whose validation loss is no higher; 0 is off
+patience = 0  # stop after so many evaluations in a row that bring no better validation loss; 0 is off
 weight_decay = 1e-1  # of matrices and embeddings; with muon, of the blocks' matrices
 beta1 = 0.9  # AdamW's decay of the mean of gradients
 beta2 = 0.95  # AdamW's decay of the mean of squared gradients
@@ -98,6 +104,7 @@ def check_settings() -> None:
     values, world_size = globals(), int(os.environ.get("WORLD_SIZE", "1"))
     at_least_one = ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size")
     not_negative = ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr")
+    not_negative += ("token_budget", "target_val_loss", "patience")
     rules = [
         (0 < values[name] < 2**31, f"{name} must be at least 1, and no giant, not {values[name]}")
         for name in at_least_one
@@ -108,6 +115,10 @@ def check_settings() -> None:
     positive = ("learning_rate", "muon_lr", "embedding_lr", "head_lr")
     rules += [(0 < values[k] < math.inf, f"{k} must be a positive number, not {values[k]}") for k in positive]
     rules += [
+        (
+            not (token_budget and "max_iters" in _given),
+            "token_budget and max_iters both say how long to train: give one of the two",
+        ),
         (optimizer in ("adamw", "muon"), f"optimizer must be adamw or muon, not {optimizer!r}"),
         (muon_lr <= 1, f"muon_lr is the length of a step relative to an orthogonal matrix, and {muon_lr} is no such"),
         (0 <= muon_momentum < 1, f"muon_momentum must be in [0, 1), not {muon_momentum}"),
@@ -304,9 +315,15 @@ def main() -> None:
     raw_model, state = load_model(meta)
     model_args = raw_model.config.to_args()
     T = raw_model.config.block_size
+    tokens_per_iter = gradient_accumulation_steps * batch_size * T
+    if token_budget:
+        global max_iters, lr_decay_iters
+        max_iters = math.ceil(token_budget / tokens_per_iter)
+        lr_decay_iters = lr_decay_iters if "lr_decay_iters" in _given else max_iters
     splits = {name: data.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
     configurator.check([], [lambda split=split: split.check_length(T) for split in splits.values()])
     raw_model.to(place)
+    raw_model.activation_checkpointing = activation_checkpointing
     updater = make_optimizer(raw_model, place)
     peak_rates = [group["lr"] / learning_rate for group in updater.param_groups]  # of each group, over learning_rate
     scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
@@ -316,6 +333,7 @@ def main() -> None:
         scaler.load_state_dict(state["scaler"])
     iter_num, tokens_seen = state.get("iter_num", 0), state.get("tokens_seen", 0)
     best_val_loss, evaluated = state.get("best_val_loss", math.inf), state.get("evaluated", False)
+    without_better = state.get("without_better", 0)  # evaluations in a row
     tokenizer_data = state.get("tokenizer") or meta["tokenizer"]
     config = configurator.settings_of(globals()) | {name: getattr(raw_model.config, name) for name in _ARCHITECTURE}
     del state
@@ -327,7 +345,6 @@ def main() -> None:
             raw_model, device_ids=[processes.local_rank] if place.type == "cuda" else None
         )
     micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
-    tokens_per_iter = gradient_accumulation_steps * batch_size * T
     peak = runtime.peak_flops(place, compute_dtype)
 
     def loss_of(network: torch.nn.Module, split: data.Split, starts: np.ndarray) -> torch.Tensor:
@@ -365,6 +382,7 @@ def main() -> None:
             "scaler": scaler.state_dict(),
             "tokens_seen": tokens_seen,
             "evaluated": evaluated,
+            "without_better": without_better,
             "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
         }
         for name in names:
@@ -390,6 +408,7 @@ def main() -> None:
             if losses is not None:
                 improved = losses["val"] < best_val_loss
                 best_val_loss, evaluated = min(best_val_loss, losses["val"]), True
+                without_better = 0 if improved else without_better + 1
                 if processes.is_master:
                     log.evaluation(iter_num, losses, get_lr(iter_num), tokens_seen)
                 if is_writing:
@@ -397,6 +416,10 @@ def main() -> None:
                     is_best = iter_num > 0 and (improved or always_save_checkpoint)
                     save(*([checkpoint.BEST] if is_best else []), checkpoint.LAST)
             started, timed = time.perf_counter(), 0
+        if evaluated and iter_num and (best_val_loss <= target_val_loss or 0 < patience <= without_better):
+            if processes.is_master:
+                print(f"stopping early: the best validation loss is {best_val_loss:.4f}")
+            break
         if iter_num >= max_iters or eval_only or agreed or (stopping and alone):
             break
 
@@ -419,9 +442,9 @@ def main() -> None:
             scaler.scale(micro_loss).backward()
             loss[0] += micro_loss.detach()
         grad_norm = None
-        if grad_clip:
+        if grad_clip or iter_num % log_interval == 0:  # without a limit it is only measured
             scaler.unscale_(updater)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         scaler.step(updater)
         scaler.update()
         updater.zero_grad(set_to_none=True)

@@ -221,6 +221,28 @@ def test_an_evaluation_takes_no_gradients(monkeypatch):
     assert asked == [(False, False), (True, True)]
 
 
+@pytest.mark.parametrize("changes", [{}, QWEN3], ids=["gpt2", "qwen3"])
+def test_activation_checkpointing_changes_nothing_but_the_memory(changes):
+    gradients = []
+    for saving in (False, True):
+        model = make(dropout=0.2, **changes).train()
+        model.activation_checkpointing = saving
+        torch.manual_seed(3)
+        kept: list[int] = []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(tokens(4, 32), tokens(4, 32, seed=2))[1]
+        loss.backward()
+        gradients.append((sum(kept), [p.grad for p in model.parameters()]))
+    (much, plain), (little, again) = gradients
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert little < much / 2
+
+
 def test_targets_may_be_a_view_of_the_tokens():
     idx = tokens(3, 33)
     logits, loss = make()(idx[:, :-1], idx[:, 1:])

@@ -627,3 +627,46 @@ def test_wsd_is_constant_and_then_a_line(tiny, train):
 )
 def test_what_makes_no_network_or_optimizer_is_refused(tiny, train, settings, words):
     assert_user_error(train(**settings), *words)
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_token_budget_says_how_long_to_train(tiny, train):
+    settings = {name: value for name, value in TINY.items() if name not in ("max_iters", "lr_decay_iters")}
+    arguments = flags(**{**settings, "warmup_iters": 0, "token_budget": 1000})  # 4 x 2 x 16 an update: 7.8 updates
+    process = subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=tiny, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    state = torch.load(tiny / "out" / "last.pt")
+    assert state["iter_num"] == 8 and state["tokens_seen"] == 1024
+    assert state["config"]["max_iters"] == state["config"]["lr_decay_iters"] == 8
+    assert_user_error(train(token_budget=1000), "token_budget", "max_iters")
+
+
+def test_it_stops_where_the_target_is_reached(tiny, train):
+    result = train(max_iters=200, lr_decay_iters=200, eval_interval=5, target_val_loss=3.0, **MUON)
+    assert result.code == 0 and "stopping early" in result.out
+    values = [line["val_loss"] for line in log_of(tiny / "out") if "step" in line]
+    assert values[-1] <= 3.0 < min(values[:-1]) and len(values) < 40
+    assert torch.load(tiny / "out" / "last.pt")["best_val_loss"] == values[-1]
+
+
+def test_it_stops_where_nothing_gets_better_also_across_a_resume(tiny, train):
+    still = {"learning_rate": 1e-12, "min_lr": 0.0, "weight_decay": 0.0, "eval_interval": 1, "patience": 4}
+    rates = {"muon_lr": 1e-12, "embedding_lr": 1e-12, "head_lr": 1e-12}
+    assert train(max_iters=3, **still, **rates).code == 0
+    before = sum("step" in line for line in log_of(tiny / "out"))
+    result = train(max_iters=50, init_from="resume", **still, **rates)
+    assert result.code == 0 and "stopping early" in result.out
+    values = [line["val_loss"] for line in log_of(tiny / "out") if "step" in line]
+    assert before < len(values) < 20 and min(values) == min(values[:-4])
+
+
+def test_the_gradients_norm_is_logged_without_clipping_too(tiny, train):
+    assert train(grad_clip=0.0, max_iters=2, out_dir="free").code == 0
+    assert train(grad_clip=1e9, max_iters=2, out_dir="high").code == 0
+    norms = [[line["grad_norm"] for line in log_of(tiny / out) if "iter" in line] for out in ("free", "high")]
+    assert norms[0] == norms[1] and len(norms[0]) == 2 and min(norms[0]) > 0
+    free, high = (torch.load(tiny / out / "last.pt")["model"] for out in ("free", "high"))
+    assert all(torch.equal(free[name], high[name]) for name in free)
