@@ -1,4 +1,4 @@
-# The loss that nanoGPT reports from three minutes of an A100 on Shakespeare's characters, on a CPU in about nine.
+# The loss that nanoGPT reports from three minutes of an A100 on Shakespeare's characters, on a CPU in about eight.
 # python data/shakespeare_char/prepare.py && python train.py config/fast_shakespeare_char_best.py
 
 out_dir = "out-fast-shakespeare-char-best"
@@ -25,8 +25,8 @@ learning_rate = 0.01
 beta1 = 0.8
 weight_decay = 0.0
 grad_clip = 0.0
-max_iters = 1150
-lr_decay_iters = 1150
+max_iters = 950
+lr_decay_iters = 950
 schedule = "wsd"
 warmup_iters = 0
 min_lr = 0.0
