@@ -14,9 +14,7 @@ import configurator
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
-mode = (
-    "train"  # what is measured: train, a step of forward, backward and update; decode, new tokens of batch_size texts
-)
+mode = "train"  # train: a step of forward, backward and update; decode: the tokens of batch_size growing texts
 batch_size = 12  # sequences in a step
 max_new_tokens = 256  # tokens that each text grows by, in decode
 quantize = ""  # int8, in decode: weights in 8 bits (CPUs)

@@ -18,7 +18,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from torch import nn
 
 import model as model_module
 import runtime
-from model import GPT, KVCache
+from model import GPT, KVCache, Slots
 
 MAX_COMPILED_ROWS = 8  # above, a matrix product does better than as many products of a matrix and a vector
 COMPILE_SECONDS = 20.0  # what the first compilation takes on two cores, at most
@@ -123,23 +123,6 @@ def pays(packed: dict, steps: int) -> bool:
     full = sum(4 * weight.numel() for weight, _ in packed.values())
     small = sum(weight.numel() * weight.element_size() for weight, _ in packed.values())
     return steps * (full - 0.75 * small) / SLOW_MEMORY > COMPILE_SECONDS / 4
-
-
-class Slots:
-    """A cache as a step of fixed shape sees it: keys, values for each layer (B, n_head, capacity, head_dim), of which
-    the first `end` count; row b's new token stands at at[b].
-    """
-
-    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], at: torch.Tensor, end: int):
-        self.keys, self.values, self.at, self.end = keys, values, at, end
-        self.rows = torch.arange(at.size(0), device=at.device)
-        self.mask = (torch.arange(end, device=at.device) <= at[:, None])[:, None, None]
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, :, self.at] = k[:, :, 0]
-        values[self.rows, :, self.at] = v[:, :, 0]
-        return keys[:, :, : self.end], values[:, :, : self.end], self.mask
 
 
 class GraphedStep:

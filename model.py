@@ -64,7 +64,7 @@ class GPTConfig:
             return [*found, f"arch must be gpt2 or qwen3, not {self.arch!r}"]
         if found:
             return found
-        is_free = self.arch == "qwen3" and self.head_dim * self.n_head != self.n_embd // self.n_head * self.n_head
+        is_free = self.arch == "qwen3" and self.head_dim != self.n_embd // self.n_head
         if self.n_embd % self.n_head and not is_free:
             found.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.arch == "gpt2":
@@ -121,10 +121,8 @@ class KVCache:
         """Readies the cache for one more token a row; returns their positions (B,)."""
         self.end = max(self.lengths) + 1
         self.at = torch.tensor(self.lengths, device=self.keys.device)
-        self.is_even = min(self.lengths) == max(self.lengths)
-        self.mask = None
-        if not self.is_even:  # (B, 1, 1, end)
-            self.mask = (torch.arange(self.end, device=self.at.device) <= self.at[:, None])[:, None, None]
+        is_even = min(self.lengths) == max(self.lengths)  # then plain slices do, which is faster
+        self.slots = None if is_even else Slots(self.keys, self.values, self.at, self.end)
         self.lengths = [length + 1 for length in self.lengths]
         return self.at
 
@@ -133,18 +131,33 @@ class KVCache:
 
         A prompt (one for all the rows in `filling`) attends to itself; a step's one token to all its row holds.
         """
+        if self.filling is None and self.slots is not None:
+            return self.slots.extend(layer, k, v)
         keys, values = self.keys[layer], self.values[layer]
         if self.filling is not None:
             keys[self.filling, :, : k.size(2)] = k.to(keys.dtype)
             values[self.filling, :, : v.size(2)] = v.to(values.dtype)
             return k, v, None
-        if self.is_even:
-            keys[:, :, self.end - 1] = k[:, :, 0]
-            values[:, :, self.end - 1] = v[:, :, 0]
-        else:
-            rows = torch.arange(len(self.lengths), device=self.at.device)
-            keys[rows, :, self.at] = k[:, :, 0].to(keys.dtype)
-            values[rows, :, self.at] = v[:, :, 0].to(values.dtype)
+        keys[:, :, self.end - 1] = k[:, :, 0]
+        values[:, :, self.end - 1] = v[:, :, 0]
+        return keys[:, :, : self.end], values[:, :, : self.end], None
+
+
+class Slots:
+    """A cache in a step whose rows may differ in length: keys, values of each layer (B, n_kv, capacity, head_dim), of
+    which the first `end` count; row b's new token stands at at[b]. Nothing in it depends on values, only on shapes.
+    """
+
+    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], at: torch.Tensor, end: int):
+        self.keys, self.values, self.at, self.end = keys, values, at, end
+        self.rows = torch.arange(at.size(0), device=at.device)
+        self.mask = (torch.arange(end, device=at.device) <= at[:, None])[:, None, None]  # (B, 1, 1, end)
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """As KVCache.extend in a step."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.rows, :, self.at] = k[:, :, 0].to(keys.dtype)
+        values[self.rows, :, self.at] = v[:, :, 0].to(values.dtype)
         return keys[:, :, : self.end], values[:, :, : self.end], self.mask
 
 

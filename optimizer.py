@@ -49,9 +49,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         assert closure is None, "no closure is called"
         self._adamw.state = self.state  # the same objects, also after load_state_dict has replaced ours
-        self._adamw.param_groups = [
-            self._adamw.defaults | group for group in self.param_groups if group["kind"] == "adamw"
-        ]
+        self._adamw.param_groups = [group for group in self.param_groups if group["kind"] == "adamw"]
         self._adamw.step()
         for group in self.param_groups:
             if group["kind"] == "muon":

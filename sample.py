@@ -126,7 +126,7 @@ def load() -> tuple[GPT, tokenizer.Tokenizer]:
 
 
 def encode(prompts: list[str], tokens: tokenizer.Tokenizer, block_size: int) -> list[list[int]]:
-    """The ids of the prompts. Raises UserError for what the tokenizer or the context has no room for."""
+    """The ids of the prompts. Raises UserError for what the tokenizer lacks; tells of a prompt that is too long."""
     if impossible := [s for s in stops() if not tokens.can_write(s)]:
         raise UserError(f"stop={impossible[0]!r} can never come: the tokenizer lacks one of its characters")
     ids = [tokens.encode(prompt, special=True) for prompt in prompts]

@@ -190,11 +190,15 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
         raise UserError(*problems)
     if "block_size" in _given and block_size < have["block_size"]:
         model.crop_block_size(block_size)
+    return model, state
+
+
+def tell_changes(state: dict) -> None:
+    """Notes the settings that differ from those of the checkpoint, once all of them are settled."""
     before = state.get("config", {})
     for name, value in configurator.settings_of(globals()).items():
         if name in before and name not in (*_ARCHITECTURE, *_PASSING) and before[name] != value:
-            print(f"note: {name} was {before[name]!r} in {source}, and is {value!r} from here on")
-    return model, state
+            print(f"note: {name} was {before[name]!r} in {state['path']}, and is {value!r} from here on")
 
 
 def get_lr(iteration: int) -> float:
@@ -320,6 +324,7 @@ def main() -> None:
         global max_iters, lr_decay_iters
         max_iters = math.ceil(token_budget / tokens_per_iter)
         lr_decay_iters = lr_decay_iters if "lr_decay_iters" in _given else max_iters
+    tell_changes(state)
     splits = {name: data.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
     configurator.check([], [lambda split=split: split.check_length(T) for split in splits.values()])
     raw_model.to(place)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import decode
-from decode import CompiledStep, GraphedStep, Slots, pays, prepare, quantize_rows
-from model import GPT, GPTConfig, Sampling
+from decode import CompiledStep, GraphedStep, pays, prepare, quantize_rows
+from model import GPT, GPTConfig, Sampling, Slots
 
 CPU = torch.device("cpu")
 SHAPE = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32}

@@ -642,6 +642,10 @@ def test_a_token_budget_says_how_long_to_train(tiny, train):
     assert state["iter_num"] == 8 and state["tokens_seen"] == 1024
     assert state["config"]["max_iters"] == state["config"]["lr_decay_iters"] == 8
     assert_user_error(train(token_budget=1000), "token_budget", "max_iters")
+    command = [sys.executable, ROOT / "train.py", *arguments, "--init_from=resume", "--token_budget=1200"]
+    again = subprocess.run(command, cwd=tiny, capture_output=True, text=True)
+    assert "note: max_iters was 8" in again.stdout and "is 10 from here on" in again.stdout
+    assert "600000" not in again.stdout
 
 
 def test_it_stops_where_the_target_is_reached(tiny, train):
