@@ -211,6 +211,7 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
 
 def main() -> None:
     check_settings()
+    runtime.keep_freed_memory()  # which serves the peer too
     place = runtime.pick_device(device)
     torch.manual_seed(seed)
     ours, peer, record = (train_turns if mode == "train" else decode_turns)(place)

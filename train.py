@@ -299,6 +299,7 @@ def _records_before(path: Path, iter_num: int, evaluated: bool) -> list[str]:
 
 def main() -> None:
     check_settings()
+    runtime.keep_freed_memory()
     processes, place = runtime.start_processes(device, backend)
     compute_dtype = runtime.pick_dtype(dtype, place)
     autocast = runtime.autocast(place, compute_dtype)
