@@ -25,6 +25,9 @@ n_head = 12  # attention heads in a block
 n_embd = 768  # width
 bias = False  # biases in linear layers and layer norms
 dropout = 0.0  # as in train.py
+arch = "gpt2"  # gpt2 or qwen3: our network; the peer's is GPT-2's
+tie_embeddings = True  # as in train.py
+optimizer = "adamw"  # adamw or muon, as in train.py; the peer's is AdamW
 real_data = False  # read batches from a data set, rather than random tokens
 dataset = "openwebtext"  # the data set, with real_data
 seed = 1337  # of weights and data
@@ -38,6 +41,7 @@ profile = False  # print what our step spends its time on, instead of comparing
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -52,11 +56,12 @@ import torch
 
 import dataset as data
 import decode
+import optimizer as optimizers
 import runtime
 from configurator import UserError
 from model import GPT, GPTConfig
 
-LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 1e-2
+LEARNING_RATE, BETAS, WEIGHT_DECAY, MOMENTUM = 1e-4, (0.9, 0.95), 1e-2, 0.95
 
 
 def check_settings() -> None:
@@ -64,8 +69,8 @@ def check_settings() -> None:
     rules = [
         (globals()[k] >= 1, f"{k} must be at least 1, not {globals()[k]}") for k in ("batch_size", "rounds", "steps")
     ]
-    shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
-    rules += [(False, problem) for problem in shape.problems()]
+    rules += [(False, problem) for problem in our_config().problems()]
+    rules += [(optimizer in ("adamw", "muon"), f"optimizer must be adamw or muon, not {optimizer!r}")]
     rules += [(0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}")]
     rules += [(mode in ("train", "decode"), f"mode must be train or decode, not {mode!r}")]
     rules += [(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")]
@@ -76,6 +81,11 @@ def check_settings() -> None:
     if real_data:
         looks.append(lambda: data.find(dataset))
     configurator.check(rules, looks)
+
+
+def our_config() -> GPTConfig:
+    ours = {"arch": arch, "tie_embeddings": tie_embeddings}
+    return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, **ours)
 
 
 def batches(place: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -96,15 +106,15 @@ def batches(place: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         row += batch_size
 
 
-def step_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, autocast, keywords: dict) -> Callable:
+def step_of(model: torch.nn.Module, updater: torch.optim.Optimizer, autocast, keywords: dict) -> Callable:
     """A function that takes a batch through forward, backward and update, and returns the loss."""
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast:
             _, loss = model(x, y, **keywords)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        updater.step()
+        updater.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step
@@ -112,11 +122,15 @@ def step_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, autocast, 
 
 def our_step(place: torch.device) -> tuple[GPT, Callable]:
     compute_dtype = runtime.pick_dtype(dtype, place)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(place)
-    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
+    model = GPT(our_config()).to(place)
+    if optimizer == "muon":
+        rates = dict.fromkeys(("matrix", "embedding", "head", "vector"), LEARNING_RATE)
+        updater = optimizers.muon(model, rates, MOMENTUM, BETAS, WEIGHT_DECAY)
+    else:
+        updater = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
     if compile:
         runtime.compile_model(model, place)
-    return model, step_of(model, optimizer, runtime.autocast(place, compute_dtype), {"return_logits": False})
+    return model, step_of(model, updater, runtime.autocast(place, compute_dtype), {"return_logits": False})
 
 
 def peer_model(place: torch.device) -> torch.nn.Module:
@@ -138,13 +152,13 @@ def peer_model(place: torch.device) -> torch.nn.Module:
 def peer_step(place: torch.device) -> Callable:
     model = peer_model(place)
     if nanogpt:
-        optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
+        updater = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, fused=place.type == "cuda" or None)
+        updater = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, fused=place.type == "cuda" or None)
     on_gpu = place.type == "cuda"
     if on_gpu and compile:
         model.compile()
-    return step_of(model, optimizer, runtime.autocast(place, torch.bfloat16 if on_gpu else torch.float32), {})
+    return step_of(model, updater, runtime.autocast(place, torch.bfloat16 if on_gpu else torch.float32), {})
 
 
 def timed(step: Callable, source: Iterator, count: int) -> float:
@@ -179,7 +193,7 @@ def train_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[], 
 
 def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[], float], dict]:
     """As train_turns."""
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)).eval()
+    model = GPT(dataclasses.replace(our_config(), dropout=0.0)).eval()
     peer = peer_model(place).eval()
     kept = runtime.pick_dtype(dtype, place)
     engine = decode.prepare(model, place, kept, quantize == "int8", batch_size, 10**9, compile)  # whatever it costs

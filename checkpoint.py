@@ -190,25 +190,30 @@ def pretrained(name: str, dropout: float = 0.0) -> GPT:
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
     """Gives `optimizer` the moments and step counts of a loaded checkpoint; its rates, decay and kernels stay its own.
 
-    Position embeddings that were cropped lose the moments of the rows that are gone.
+    Parameters are found by name, in nanoGPT's files by their place. Position embeddings that were cropped lose the
+    moments of the rows that are gone.
     """
     saved, own = checkpoint["optimizer"], optimizer.state_dict()["param_groups"]
-    sizes = [len(group["params"]) for group in own]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        if [len(group["params"]) for group in saved["param_groups"]] != sizes:
+        theirs = saved["param_groups"]
+        if all("param_names" in group for group in (*theirs, *own)):  # then the groups may have been split otherwise
+            indices = {n: i for group in theirs for n, i in zip(group["param_names"], group["params"], strict=True)}
+            order = [indices[name] for group in own for name in group["param_names"]]
+        elif [len(group["params"]) for group in theirs] == [len(group["params"]) for group in own]:
+            order = [index for group in theirs for index in group["params"]]
+        else:
             raise ValueError("its groups hold other numbers of parameters")
-        groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved["param_groups"], strict=True)]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        kept = [(group.get("kind"), index) for group in groups for index in group["params"]]
+        kinds = [group.get("kind") for group in own for _ in group["params"]]
         state = {}
-        for (kind, index), parameter in zip(kept, parameters, strict=True):
-            if index in saved["state"]:
-                moments = saved["state"][index]
+        for index, (old, kind, parameter) in enumerate(zip(order, kinds, parameters, strict=True)):
+            if old in saved["state"]:
+                moments = saved["state"][old]
                 names = ("momentum_buffer",) if kind == "muon" else ("step", "exp_avg", "exp_avg_sq")
                 state[index] = {name: _cropped(moments[name], parameter) for name in names}
         if state and len(state) < len(parameters):
             raise ValueError("some of its parameters have no moments")
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict({"state": state, "param_groups": own})
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint['path']}: its optimizer does not fit this model ({error})") from error
 

@@ -224,8 +224,9 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 
 
 def drop_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """What dropout multiplies x by: 0 with probability p (to 1/65536), else 1 / (1 - p). Four draws of 16 bits from each
-    number of the generator, which takes a third of the time of PyTorch's own on CPUs.
+    """What dropout multiplies x by: 0 with probability p (to 1/65536), else 1 / (1 - p).
+
+    Each number of the generator makes four draws of 16 bits, a third of the time of PyTorch's own dropout on CPUs.
     """
     numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     keep = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
@@ -486,7 +487,7 @@ class GPT(nn.Module):
         return self.transformer.drop(x), rope
 
     def _rope(self, device: torch.device) -> torch.Tensor:
-        """Cosines, and sines with their signs, for every position: (2, block_size, head_dim), float32 whatever the weights."""
+        """Cosines, and sines with their signs, for every position: (2, block_size, head_dim), always float32."""
         if self._rope_table is None or self._rope_table.device != device:
             c = self.config
             channels = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)

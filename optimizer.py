@@ -9,6 +9,7 @@ import math
 import torch
 
 import runtime
+from configurator import UserError
 from model import GPT
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: singular values go to about 1 in 5 steps, from 0.01 on
@@ -113,3 +114,45 @@ def muon(model: GPT, rates: dict[str, float], momentum: float, betas: tuple[floa
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "each parameter belongs in exactly one group"
     return Muon(groups)
+
+
+def multipliers(text: str) -> dict[str, float]:
+    """What lr_multipliers says, by part of a name: 'wte=0.5,c_proj=2'. Raises UserError for anything else."""
+    found = {}
+    for entry in filter(None, text.split(",")):
+        part, _, number = entry.partition("=")
+        try:
+            found[part.strip()] = float(number)
+        except ValueError:
+            number = "nan"
+        if not part.strip() or not 0 <= float(number) < math.inf:
+            raise UserError(f"lr_multipliers: {entry!r} is not of the form wte=0.5, with a number that is not negative")
+    return found
+
+
+def refine(updater: torch.optim.Optimizer, model: GPT, rates: dict[str, float], no_decay: str) -> None:
+    """Splits the optimizer's groups where parameters whose names hold a part get other rates, or no weight decay.
+
+    rates: by part of a name, what multiplies the rate; several parts in one name multiply. no_decay: parts, separated
+    by commas. Groups get `param_names`, by which a checkpoint finds them again. Raises UserError for a part that no
+    name holds.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    exempt_parts = [part.strip() for part in no_decay.split(",") if part.strip()]
+    for part in [*rates, *exempt_parts]:
+        if not any(part in name for name in names.values()):
+            example = next(iter(names.values()))
+            raise UserError(f"lr_multipliers or no_decay: no parameter's name holds {part!r}; a name is {example}")
+    refined = []
+    for group in updater.param_groups:
+        alike: dict[tuple[float, bool], list[int]] = {}  # places in the group
+        for place, p in enumerate(group["params"]):
+            rate = math.prod(number for part, number in rates.items() if part in names[id(p)])
+            exempt = any(part in names[id(p)] for part in exempt_parts)
+            alike.setdefault((rate, exempt), []).append(place)
+        for (rate, exempt), places in alike.items():
+            lists = {key: [group[key][n] for n in places] for key in ("params", "parts") if key in group}
+            lists["param_names"] = [names[id(p)] for p in lists["params"]]
+            decay = 0.0 if exempt else group["weight_decay"]
+            refined.append(group | lists | {"lr": group["lr"] * rate, "weight_decay": decay})
+    updater.param_groups = refined

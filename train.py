@@ -57,6 +57,8 @@ muon_lr = 0.02  # Muon's rate
 muon_momentum = 0.95  # Muon's decay of the mean of gradients; it rises to this from 0.85 over the first 300 updates
 embedding_lr = 0.012  # with muon: AdamW's rate for embeddings, at width 768; it goes with 1 / sqrt(width)
 head_lr = 0.004  # with muon: AdamW's rate for a head that is not tied, likewise
+lr_multipliers = ""  # wte=0.5,c_proj=2: rates of the parameters whose names hold these parts, times the numbers
+no_decay = ""  # wte,wpe: parameters whose names hold one of these parts get no weight decay
 # Learning rate: linear warm-up, then down to min_lr. Every group's rate takes the same course
 decay_lr = True  # False: learning_rate throughout
 schedule = "cosine"  # cosine, or wsd: constant, then linear over the last decay_fraction of lr_decay_iters
@@ -140,6 +142,7 @@ def check_settings() -> None:
         ),
     ]
     looks = [lambda: data.find(dataset), lambda: runtime.check_machine(device, dtype)]
+    looks.append(lambda: optimizers.multipliers(lr_multipliers))
     if init_from == "resume":
         looks.append(lambda: checkpoint.to_use(out_dir))
     if not eval_only and not (init_from == "resume" and not os.path.isdir(out_dir)):
@@ -155,9 +158,12 @@ def model_config(vocab_size: int) -> GPTConfig:
 def make_optimizer(model: GPT, place: torch.device) -> torch.optim.Optimizer:
     betas = (beta1, beta2)
     if optimizer == "adamw":
-        return model.configure_optimizers(weight_decay, learning_rate, betas, place.type)
-    rates = {"matrix": muon_lr, "embedding": embedding_lr, "head": head_lr, "vector": learning_rate}
-    return optimizers.muon(model, rates, muon_momentum, betas, weight_decay)
+        updater = model.configure_optimizers(weight_decay, learning_rate, betas, place.type)
+    else:
+        rates = {"matrix": muon_lr, "embedding": embedding_lr, "head": head_lr, "vector": learning_rate}
+        updater = optimizers.muon(model, rates, muon_momentum, betas, weight_decay)
+    optimizers.refine(updater, optimizers.multipliers(lr_multipliers), no_decay)
+    return updater
 
 
 def load_model(meta: dict) -> tuple[GPT, dict]:
@@ -353,12 +359,20 @@ def main() -> None:
     micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
     peak = runtime.peak_flops(place, compute_dtype)
 
-    def loss_of(network: torch.nn.Module, split: data.Split, starts: np.ndarray) -> torch.Tensor:
+    def batch_at(split: data.Split, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = split.windows(starts, T)
         if place.type == "cuda":  # from pinned memory the copy runs while the GPU computes
-            x, y = x.pin_memory().to(place, non_blocking=True), y.pin_memory().to(place, non_blocking=True)
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(place, non_blocking=True), y.to(place, non_blocking=True)
+
+    def training_batch(nth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The run's nth micro-batch, all processes' counted."""
+        rows = np.arange(nth * batch_size, (nth + 1) * batch_size)
+        return batch_at(splits["train"], data.training_starts(rows, len(splits["train"]), T, seed))
+
+    def loss_of(network: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         with autocast:
-            return network(x.to(place), y.to(place), return_logits=False)[1]
+            return network(*batch, return_logits=False)[1]
 
     @torch.no_grad()
     def estimate_loss() -> dict[str, float] | None:
@@ -369,10 +383,10 @@ def main() -> None:
             batches = min(eval_iters, math.ceil((len(split) - 1) / (batch_size * T)))
             starts = data.evaluation_starts(len(split), T, batches * batch_size).reshape(batches, batch_size)
             total = torch.zeros((), device=place)
-            for batch in starts[processes.rank :: processes.world_size]:
+            for its_starts in starts[processes.rank :: processes.world_size]:
                 if stopping and alone:
                     return None
-                total += loss_of(raw_model, split, batch)
+                total += loss_of(raw_model, batch_at(split, its_starts))
             losses[name] = processes.sum(total).item() / batches
         return losses
 
@@ -406,6 +420,8 @@ def main() -> None:
         print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
         print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
     log = Log(Path(out_dir) / checkpoint.LOG if is_writing else None, iter_num, evaluated, wandb_run)
+    nth = iter_num * gradient_accumulation_steps + processes.rank  # the micro-batch that comes next
+    batch = training_batch(nth)
     started, timed = time.perf_counter(), 0  # of the updates since the last log line or evaluation
     agreed = False  # to stop: several processes have to, so that none waits for another
     while True:
@@ -439,12 +455,11 @@ def main() -> None:
                 group["momentum"] = optimizers.momentum_at(iter_num, muon_momentum)
         loss = torch.zeros(2, device=place)  # the mean over all micro-batches; whether a signal came in
         for micro_step in range(micro_steps):
-            nth = iter_num * gradient_accumulation_steps + micro_step * processes.world_size + processes.rank
-            rows = np.arange(nth * batch_size, (nth + 1) * batch_size)
-            starts = data.training_starts(rows, len(splits["train"]), T, seed)
             if not alone:  # gradients travel once an update
                 model.require_backward_grad_sync = micro_step == micro_steps - 1
-            micro_loss = loss_of(model, splits["train"], starts) / micro_steps
+            micro_loss = loss_of(model, batch) / micro_steps
+            nth += processes.world_size
+            batch = training_batch(nth)  # while a GPU computes
             scaler.scale(micro_loss).backward()
             loss[0] += micro_loss.detach()
         grad_norm = None

@@ -38,6 +38,11 @@ def test_decoding_is_measured_against_the_full_forward_pass(bench, settings):
     assert record["weight_bytes"] == each * GPT(GPTConfig(**shape, bias=False)).get_num_params()
 
 
+def test_the_fast_recipe_is_measured_against_the_plain_step(bench):
+    result = bench(arch="qwen3", optimizer="muon", tie_embeddings=False)
+    assert result.code == 0 and json.loads(result.out.splitlines()[-1])["ratio"] > 0
+
+
 def test_it_reads_real_data(bench):
     assert bench(real_data=True, dataset="tiny").code == 0
     assert_user_error(bench(real_data=True, dataset="tiny", vocab_size=20), "vocabulary of 20")
@@ -64,6 +69,7 @@ def test_profile_shows_where_the_time_goes(bench):
         ({"nanogpt": "nowhere"}, ["nowhere"]),
         ({"nanogpt": "broken"}, ["broken/model.py", "nothing_of_that_name"]),
         ({"seed": -1}, ["seed"]),
+        ({"optimizer": "sgd", "tie_embeddings": False}, ["sgd", "tie_embeddings"]),
         ({"mode": "decode", "max_new_tokens": 0, "quantize": "int3"}, ["max_new_tokens", "int3"]),
         ({"real_data": True, "dataset": "nothing"}, ["'nothing'"]),
         ({"dtype": "float16"}, ["float16"]),

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import optimizer
+from checkpoint import load_optimizer
+from configurator import UserError
 from model import GPT, GPTConfig
-from optimizer import momentum_at, muon, newton_schulz
+from optimizer import momentum_at, multipliers, muon, newton_schulz, refine
 
 RATES = {"matrix": 0.02, "embedding": 0.012, "head": 0.004, "vector": 0.01}
 QWEN3 = {"arch": "qwen3", "bias": False, "n_kv_head": 2, "tie_embeddings": False}
@@ -153,3 +155,56 @@ def test_a_saved_optimizer_goes_on_as_if_it_had_not_been_saved():
 def test_momentum_rises_to_its_value():
     assert momentum_at(0, 0.95) == 0.85 and momentum_at(150, 0.95) == pytest.approx(0.9)
     assert momentum_at(300, 0.95) == momentum_at(9999, 0.95) == pytest.approx(0.95) and momentum_at(0, 0.5) == 0.5
+
+
+def test_multipliers_reach_the_parameters_that_they_name():
+    """One step from the same gradients: what is named moves by so many times as much, and the rest as before."""
+    plain, other = make(**QWEN3), make(**QWEN3)
+    refined = make_muon(other, weight_decay=0.0)
+    refine(refined, other, multipliers("mlp.c_fc=0.5, h.1.=3,lm_head=0"), "")
+    updaters = [make_muon(plain, weight_decay=0.0), refined]
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for model, updater in zip((plain, other), updaters, strict=True):
+        grads(model, 1)
+        updater.step()
+    for name, p in plain.named_parameters():
+        rate = (0.5 if "mlp.c_fc" in name else 1) * (3 if "h.1." in name else 1) * (0 if "lm_head" in name else 1)
+        moved, moved_other = p - before[name], other.get_parameter(name) - before[name]
+        torch.testing.assert_close(moved_other, rate * moved, atol=2e-4 * max(1, rate), rtol=2e-2, msg=name)
+
+
+@pytest.mark.parametrize("make_updater", [make_muon, lambda m: m.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")])
+def test_what_is_named_does_not_decay(make_updater):
+    model = make()
+    updater = make_updater(model)
+    decayed = {id(p) for group in updater.param_groups if group["weight_decay"] for p in group["params"]}
+    refine(updater, model, {}, "wte, c_proj")
+    still = {id(p) for group in updater.param_groups if group["weight_decay"] for p in group["params"]}
+    expected = {id(p) for name, p in model.named_parameters() if "wte" not in name and "c_proj" not in name}
+    assert still == decayed & expected and still != decayed
+    assert sum(len(group["params"]) for group in updater.param_groups) == len(list(model.parameters()))
+
+
+def test_moments_find_their_parameters_when_the_groups_are_split_otherwise():
+    model = make(**QWEN3)
+    saved, fresh = make_muon(model), make_muon(model)
+    refine(saved, model, {"c_fc": 0.5}, "wte")
+    refine(fresh, model, {"h.0.": 2.0}, "")
+    grads(model, 0)
+    saved.step()
+    load_optimizer(fresh, {"optimizer": saved.state_dict(), "path": "here"})
+    for p in model.parameters():
+        assert saved.state[p].keys() == fresh.state[p].keys()
+        assert all(torch.equal(value, fresh.state[p][key]) for key, value in saved.state[p].items())
+
+
+@pytest.mark.parametrize("text", ["wte", "wte=x", "=2", "wte=-1", "wte=nan", "wte=inf", "wte=1=2"])
+def test_multipliers_that_make_no_sense_are_refused(text):
+    with pytest.raises(UserError, match="lr_multipliers"):
+        multipliers(text)
+
+
+def test_a_name_that_no_parameter_has_is_refused():
+    model = make()
+    with pytest.raises(UserError, match="'wtf'.*transformer.wte.weight"):
+        refine(make_muon(model), model, {"wtf": 2.0}, "")
