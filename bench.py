@@ -125,7 +125,7 @@ def our_step(place: torch.device) -> tuple[GPT, Callable]:
     model = GPT(our_config()).to(place)
     if optimizer == "muon":
         rates = dict.fromkeys(("matrix", "embedding", "head", "vector"), LEARNING_RATE)
-        updater = optimizers.muon(model, rates, MOMENTUM, BETAS, WEIGHT_DECAY)
+        updater = optimizers.muon(model, rates, MOMENTUM, BETAS, WEIGHT_DECAY, compute_dtype)
     else:
         updater = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
     if compile:

@@ -7,6 +7,7 @@ best, or the latest with always_save_checkpoint); `last.pt` is where a run goes 
 No random state is kept, because there is none: data and dropout follow from config["seed"] and iter_num.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -15,16 +16,18 @@ import pickle
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import runtime
 from configurator import UserError
 from model import CAUSAL_MASKS, GPT, GPTConfig
 
-BEST, LAST, LOG = "ckpt.pt", "last.pt", "log.jsonl"
+BEST, LAST, LOG, LAUNCH = "ckpt.pt", "last.pt", "log.jsonl", ".launch"
 # nanoGPT may store best_val_loss as a numpy scalar: a dtype and its bytes, no code.
 _NUMPY_SCALAR = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
@@ -33,6 +36,33 @@ _NUMPY_SCALAR = [
     type(np.dtype(np.float32)),
     type(np.dtype(np.float64)),
 ]
+
+
+@contextlib.contextmanager
+def claimed(out_dir: str) -> Iterator[None]:
+    """Holds out_dir for this process, so that no second run writes there. Raises UserError where one already does.
+
+    The claim ends with the process, however that ends. Where the file system knows no locks there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UserError(f"another run is writing to {out_dir}: wait for it, or take another out_dir") from None
+    except OSError as error:
+        print(f"warning: {out_dir} can't be locked ({error.strerror}): start no second run there", file=sys.stderr)
+    try:
+        for leftover in Path(out_dir).glob("*.pt.tmp"):  # of a run that was killed in a save
+            leftover.unlink()
+        yield
+    finally:
+        os.close(folder)
 
 
 def save(path: Path, state: dict) -> None:
@@ -86,6 +116,17 @@ def prepare_folder(out_dir: str) -> None:
         raise UserError(f"out_dir {out_dir!r} can't be written: {getattr(error, 'strerror', None) or error}") from error
 
 
+def began(out_dir: str, launch: str) -> None:
+    """Notes in out_dir which launch its run belongs to; torchrun's restarts of it find that by `is_of`."""
+    (Path(out_dir) / LAUNCH).write_text(launch, encoding="utf-8")
+
+
+def is_of(out_dir: str, launch: str) -> bool:
+    """Whether out_dir holds a checkpoint of a run that this launch began."""
+    path = Path(out_dir) / LAUNCH
+    return (Path(out_dir) / LAST).is_file() and path.is_file() and path.read_text(encoding="utf-8") == launch
+
+
 def set_aside(out_dir: Path) -> None:
     """Moves an earlier run's files out of the way, into out_dir/previous, previous-2, … : nothing is overwritten."""
     found = [out_dir / name for name in (BEST, LAST, LOG) if (out_dir / name).exists()]
@@ -107,6 +148,20 @@ def to_use(out_dir: str) -> Path:
     return _existing(out_dir)[0]
 
 
+def load_to_use(out_dir: str) -> dict:
+    """The loaded checkpoint to sample or evaluate; where ckpt.pt is damaged, last.pt with a warning."""
+    problems = []
+    for path in _existing(out_dir):
+        try:
+            state = load(path)
+        except UserError as error:
+            problems += error.problems
+            continue
+        _tell(problems)
+        return state
+    raise UserError(*problems)
+
+
 def load_furthest(out_dir: str) -> dict:
     """The loaded checkpoint that is furthest on: last.pt, unless nanoGPT has carried ckpt.pt on since."""
     states, problems = [], []
@@ -117,9 +172,13 @@ def load_furthest(out_dir: str) -> dict:
             problems += error.problems
     if not states:
         raise UserError(*problems)
+    _tell(problems)
+    return max(states, key=lambda state: state["iter_num"])
+
+
+def _tell(problems: list[str]) -> None:
     for problem in problems:
         print(f"warning: {problem}; the other checkpoint serves", file=sys.stderr)
-    return max(states, key=lambda state: state["iter_num"])
 
 
 def _existing(out_dir: str) -> list[Path]:
@@ -134,6 +193,7 @@ def load(path: Path) -> dict:
 
     Raises UserError for a file that is truncated, holds more than tensors and plain values, or is no GPT checkpoint.
     """
+    _check_sums(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY_SCALAR):
             warnings.simplefilter("ignore")  # torch's remarks on foreign pickles say less than the errors below
@@ -161,6 +221,19 @@ def load(path: Path) -> dict:
         return {**state, **plain, "model": model, "config": dict(state.get("config") or {}), "path": path}
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is no checkpoint of a GPT: {error}") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compares what the file holds with the sums that torch has stored in it, which torch.load does not do."""
+    try:
+        if not zipfile.is_zipfile(path):  # the format of before 2020, or no checkpoint: torch.load will tell
+            return
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+    if damaged:
+        raise UserError(f"{path} is damaged: the sum of {damaged} in it is wrong")
 
 
 def build_model(state: dict, dropout: float = 0.0) -> GPT:
@@ -210,7 +283,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
             if old in saved["state"]:
                 moments = saved["state"][old]
                 names = ("momentum_buffer",) if kind == "muon" else ("step", "exp_avg", "exp_avg_sq")
-                state[index] = {name: _cropped(moments[name], parameter) for name in names}
+                state[index] = {name: _fitted(moments[name], parameter) for name in names}
         if state and len(state) < len(parameters):
             raise ValueError("some of its parameters have no moments")
         optimizer.load_state_dict({"state": state, "param_groups": own})
@@ -218,10 +291,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
         raise UserError(f"{checkpoint['path']}: its optimizer does not fit this model ({error})") from error
 
 
-def _cropped(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    if value.dim() == 0 or value.shape == parameter.shape:
+def _fitted(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Moments as the parameter wants them: cropped, and divided among the processes."""
+    if value.dim() == 0:
         return value
-    value = value[: parameter.size(0)]
+    if value.shape != parameter.shape:
+        value = value[: parameter.size(0)].clone()
     if value.shape != parameter.shape:
         raise ValueError(f"moments of shape {tuple(value.shape)} for weights of shape {tuple(parameter.shape)}")
-    return value.clone()
+    return runtime.divided_like(value, parameter)

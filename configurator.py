@@ -22,6 +22,7 @@ import re
 import sys
 import tokenize
 import types
+import warnings
 from collections.abc import Callable, Sequence
 
 SETTING_TYPES = (int, float, bool, str)
@@ -147,8 +148,10 @@ def _from_argument(argument: str, types_: dict[str, type]) -> tuple[str, object]
     if name not in types_:
         raise UserError(_unknown(name, types_))
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python, about escapes in what may be no Python at all
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
         value = text
     if types_[name] is str and not isinstance(value, str):
         value = text  # --start=42 is a text that happens to look like a number
@@ -222,7 +225,9 @@ def _shown(value: object, form: Callable[[object], str]) -> str:
 
 def _typed(name: str, value: object, kind: type):
     if type(value) is kind:
-        return value
+        with contextlib.suppress(ValueError):  # an int of thousands of digits, which no message could print
+            repr(value)
+            return value
     if kind is float and type(value) is int:
         with contextlib.suppress(OverflowError):
             return float(value)

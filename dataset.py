@@ -113,6 +113,7 @@ class Split:
         """Raises UserError for a missing, empty, truncated or half-written file, or ids beyond vocab_size."""
         files = _shard_files(folder, split) or [folder / f"{split}.bin"]
         self.name, self.vocab_size = f"{folder} ({split})", vocab_size
+        self.files, self.stamps = files, [_stamp(file) for file in files]
         self.shards = [_map_shard(file, np.dtype(meta["dtype"]).newbyteorder("<")) for file in files]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         expected = (meta["tokens"] or {}).get(split, len(self))
@@ -129,6 +130,8 @@ class Split:
         out, filled = np.empty(count, dtype=np.int64), 0
         shard = int(np.searchsorted(self.ends, start, side="right"))
         while filled < count:
+            if _stamp(self.files[shard]) != self.stamps[shard]:  # of what is mapped and cut off, no read returns
+                raise UserError(f"{self.files[shard]} was changed while it is in use: prepare the data set again")
             offset = start + filled - (int(self.ends[shard - 1]) if shard else 0)
             part = self.shards[shard][offset : offset + count - filled]
             out[filled : filled + len(part)] = part
@@ -152,6 +155,15 @@ class Split:
     def _check_ids(self, tokens: np.ndarray) -> None:
         if self.vocab_size is not None and tokens.size and (top := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{self.name} holds token id {top}, beyond the model's vocabulary of {self.vocab_size}")
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What tells whether a file is still the same: inode, size, time of the last change; None where it is gone."""
+    try:
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    except OSError:
+        return None
 
 
 def _map_shard(path: Path, dtype: np.dtype) -> np.ndarray:

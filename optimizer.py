@@ -42,8 +42,10 @@ class Muon(torch.optim.Optimizer):
     lr * sqrt(max(1, rows / columns)) times an orthogonal matrix.
     """
 
-    def __init__(self, groups: list[dict]):
+    def __init__(self, groups: list[dict], dtype: torch.dtype):
+        """dtype: of the Newton-Schulz steps."""
         super().__init__(groups, {})
+        self.dtype = dtype
         self._adamw = torch.optim.AdamW([group for group in groups if group["kind"] == "adamw"], fused=True)
 
     @torch.no_grad()
@@ -65,31 +67,36 @@ class Muon(torch.optim.Optimizer):
         momenta, grads = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's: one step ahead
+        updates = [runtime.whole(update) for update in updates]
         places: dict[tuple[int, int], list[torch.Tensor]] = {}  # parts of one shape, lying down, to go in one batch
         for update, rows in zip(updates, sizes, strict=True):
             for part in update.split(rows):
                 flat = part if part.size(0) <= part.size(1) else part.mT
                 places.setdefault(tuple(flat.shape), []).append(flat)
         for flats in places.values():
-            for flat, orthogonal in zip(flats, newton_schulz(torch.stack(flats).to(_dtype(flats[0]))), strict=True):
+            for flat, orthogonal in zip(flats, newton_schulz(torch.stack(flats).to(self.dtype)), strict=True):
                 flat.copy_(orthogonal)  # in place of the update that it came from
+        for update, rows in zip(updates, sizes, strict=True):
+            for part in update.split(rows):
+                part.mul_(math.sqrt(max(1.0, part.size(0) / part.size(1))))
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for p, update, rows in zip(parameters, updates, sizes, strict=True):
-            for target, part in zip(p.split(rows), update.split(rows), strict=True):
-                target.add_(part, alpha=-group["lr"] * math.sqrt(max(1.0, part.size(0) / part.size(1))))
+        updates = [runtime.divided_like(update, p) for update, p in zip(updates, parameters, strict=True)]
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
 
-def _dtype(x: torch.Tensor) -> torch.dtype:
-    """What Newton-Schulz computes in: bfloat16, as in the records, where the hardware does."""
-    return torch.bfloat16 if x.device.type == "cuda" or runtime.cpu_has_bfloat16() else torch.float32
-
-
-def muon(model: GPT, rates: dict[str, float], momentum: float, betas: tuple[float, float], weight_decay: float) -> Muon:
+def muon(
+    model: GPT,
+    rates: dict[str, float],
+    momentum: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
+) -> Muon:
     """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors.
 
     rates: 'matrix', 'embedding', 'head', 'vector'. Those of embedding and head are meant for a width of RATES_WIDTH.
-    Every parameter is in exactly one group.
+    dtype: of the Newton-Schulz steps; bfloat16 is what the records compute in. Every parameter is in exactly one group.
     """
     c, transformer = model.config, model.transformer
     by_width = math.sqrt(RATES_WIDTH / c.n_embd)
@@ -113,7 +120,7 @@ def muon(model: GPT, rates: dict[str, float], momentum: float, betas: tuple[floa
         groups.append(adamw | {"params": [model.lm_head.weight], "lr": rates["head"] * by_width})
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "each parameter belongs in exactly one group"
-    return Muon(groups)
+    return Muon(groups, dtype)
 
 
 def multipliers(text: str) -> dict[str, float]:

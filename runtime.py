@@ -6,17 +6,22 @@ import os
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import UserError, check
 from model import GPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LOST_RANK = ("Connection", "connection", "gloo", "NCCL", "Socket", "socket", "Broken pipe")  # of errors of dist's
 # Dense 16-bit matrix peak of a device in FLOP/s, by a part of its name (makers' data sheets); the first match counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -72,6 +77,13 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
     return processes, found
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Asks for kernels that give the same bits each time, at some cost on GPUs; an operation that has none raises."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(wanted)
+
+
 def keep_freed_memory() -> None:
     """Tells glibc's malloc to keep what is freed, rather than to return it and have it mapped anew in every step.
 
@@ -83,9 +95,83 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def shard(model: GPT, device: torch.device) -> None:
+    """Divides the model's parameters among all processes (FSDP2), each block by itself, in place.
+
+    A block is gathered on its device only while it computes. Gradients, and the optimizer's state that is made of the
+    parameters, are divided likewise. Needs a process group.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def set_gradient_sync(model: torch.nn.Module, wanted: bool) -> None:
+    """Whether the next backward passes exchange gradients among the processes."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+    else:
+        model.require_backward_grad_sync = wanted
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be divided among the processes, put together on each of them. All have to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def divided_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, equal on all processes, divided among them as `model` is."""
+    if not isinstance(model, DTensor):
+        return tensor
+    tensor = tensor.to(model.device)
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)  # each takes its own part
+
+
+def gather(state: dict, processes: Processes) -> dict:
+    """A state dict with its divided tensors put together, one after the other, in the master's main memory."""
+    gathered = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            value = gather(value, processes)
+        elif isinstance(value, DTensor):
+            value = whole(value)
+            value = value.cpu() if processes.is_master else None
+        gathered[key] = value
+    return gathered
+
+
 def stop_processes() -> None:
+    """Leaves the process group together with all others: who left earlier would break what the rest still sends."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+
+
+def launch_id() -> str:
+    """What torchrun's restarts of a run have in common: its run id, else the process that starts the workers."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"process {os.getppid()}"
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started this process in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextlib.contextmanager
+def lost_ranks_named(processes: Processes) -> Iterator[None]:
+    """Turns what a communication says when another rank is gone into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if processes.world_size == 1 or not any(sign in text for sign in LOST_RANK):
+            raise
+        first = text.strip().splitlines()[0]
+        raise UserError(
+            f"rank {processes.rank} lost another rank ({first}): see above which one failed, then resume"
+        ) from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -117,7 +117,7 @@ def load() -> tuple[GPT, tokenizer.Tokenizer]:
         model = checkpoint.pretrained(init_from)
         tokenizer.check_data({"type": "gpt2"}, model.config.vocab_size)
         return model, tokenizer.GPT2Tokenizer()
-    state = checkpoint.load(checkpoint.to_use(out_dir))
+    state = checkpoint.load_to_use(out_dir)
     model = checkpoint.build_model(state)
     size = model.config.vocab_size
     data = state.get("tokenizer") or dataset.tokenizer_of(str(state["config"].get("dataset")), size)

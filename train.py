@@ -67,14 +67,18 @@ lr_decay_iters = 600000  # the update at which min_lr is reached; about max_iter
 min_lr = 6e-5  # about learning_rate / 10 (Chinchilla)
 decay_fraction = 0.6  # of wsd
 # Processes and machine
+fsdp = False  # divide weights, gradients and moments among the processes (FSDP2), for models beyond one GPU
 backend = "nccl"  # of torch.distributed on GPUs: nccl, gloo, …; CPUs use gloo
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is bfloat16 where the device computes in it
 compile = True  # compile the model with torch.compile
 seed = 1337  # of the weights, the order of the data, and dropout
+deterministic = False  # the same bits in each run on a GPU too; slower
+skip_bad_updates = 0  # so many updates in a row without a finite loss and gradient are left out; one more stops the run
 # ----------------------------------------------------------------------------------------------------------------------
 _given = configurator.configure(globals())
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -106,7 +110,7 @@ def check_settings() -> None:
     values, world_size = globals(), int(os.environ.get("WORLD_SIZE", "1"))
     at_least_one = ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size")
     not_negative = ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr")
-    not_negative += ("token_budget", "target_val_loss", "patience")
+    not_negative += ("token_budget", "target_val_loss", "patience", "skip_bad_updates")
     rules = [
         (0 < values[name] < 2**31, f"{name} must be at least 1, and no giant, not {values[name]}")
         for name in at_least_one
@@ -155,14 +159,15 @@ def model_config(vocab_size: int) -> GPTConfig:
     return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, **qwen3)
 
 
-def make_optimizer(model: GPT, place: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(model: GPT, place: torch.device, compute_dtype: torch.dtype) -> torch.optim.Optimizer:
     betas = (beta1, beta2)
     if optimizer == "adamw":
         updater = model.configure_optimizers(weight_decay, learning_rate, betas, place.type)
     else:
         rates = {"matrix": muon_lr, "embedding": embedding_lr, "head": head_lr, "vector": learning_rate}
-        updater = optimizers.muon(model, rates, muon_momentum, betas, weight_decay)
-    optimizers.refine(updater, optimizers.multipliers(lr_multipliers), no_decay)
+        newton_schulz = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
+        updater = optimizers.muon(model, rates, muon_momentum, betas, weight_decay, newton_schulz)
+    optimizers.refine(updater, model, optimizers.multipliers(lr_multipliers), no_decay)
     return updater
 
 
@@ -259,8 +264,7 @@ class Log:
         if mfu is not None:
             line += f", mfu {mfu * 100:.2f}%"
             record["mfu"] = mfu
-        if grad_norm is not None:
-            record["grad_norm"] = grad_norm.item()
+        record["grad_norm"] = grad_norm
         self._write(f"{line}, {tokens_per_s:,.0f} tokens/s", record)
 
     def evaluation(self, step, losses, lr, tokens) -> None:
@@ -304,12 +308,28 @@ def _records_before(path: Path, iter_num: int, evaluated: bool) -> list[str]:
 
 
 def main() -> None:
+    global init_from
     check_settings()
     runtime.keep_freed_memory()
+    runtime.set_deterministic(deterministic)
     processes, place = runtime.start_processes(device, backend)
+    is_writing = processes.is_master and not eval_only
+    with (
+        runtime.lost_ranks_named(processes),
+        checkpoint.claimed(out_dir) if is_writing else contextlib.nullcontext(),
+    ):
+        if runtime.is_restart() and init_from != "resume":
+            goes_on = torch.tensor(float(is_writing and checkpoint.is_of(out_dir, runtime.launch_id())), device=place)
+            if processes.sum(goes_on).item():
+                init_from = "resume"
+        run(processes, place)
+        runtime.stop_processes()
+
+
+def run(processes: runtime.Processes, place: torch.device) -> None:
     compute_dtype = runtime.pick_dtype(dtype, place)
     autocast = runtime.autocast(place, compute_dtype)
-    alone = processes.world_size == 1
+    alone, is_writing = processes.world_size == 1, processes.is_master and not eval_only
     stopping = []  # signals that came in: the run ends at the next iteration's border, and at once on a second one
 
     def stop(number, frame):
@@ -334,9 +354,14 @@ def main() -> None:
     tell_changes(state)
     splits = {name: data.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
     configurator.check([], [lambda split=split: split.check_length(T) for split in splits.values()])
-    raw_model.to(place)
     raw_model.activation_checkpointing = activation_checkpointing
-    updater = make_optimizer(raw_model, place)
+    if compile:
+        runtime.compile_model(raw_model, place)
+    if fsdp:
+        runtime.shard(raw_model, place)
+    else:
+        raw_model.to(place)
+    updater = make_optimizer(raw_model, place, compute_dtype)
     peak_rates = [group["lr"] / learning_rate for group in updater.param_groups]  # of each group, over learning_rate
     scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
     if "optimizer" in state:
@@ -349,10 +374,8 @@ def main() -> None:
     tokenizer_data = state.get("tokenizer") or meta["tokenizer"]
     config = configurator.settings_of(globals()) | {name: getattr(raw_model.config, name) for name in _ARCHITECTURE}
     del state
-    if compile:
-        runtime.compile_model(raw_model, place)
     model = raw_model
-    if not alone:
+    if not alone and not fsdp:
         model = torch.nn.parallel.DistributedDataParallel(
             raw_model, device_ids=[processes.local_rank] if place.type == "cuda" else None
         )
@@ -383,17 +406,19 @@ def main() -> None:
             batches = min(eval_iters, math.ceil((len(split) - 1) / (batch_size * T)))
             starts = data.evaluation_starts(len(split), T, batches * batch_size).reshape(batches, batch_size)
             total = torch.zeros((), device=place)
-            for its_starts in starts[processes.rank :: processes.world_size]:
+            for first in range(0, batches, processes.world_size):
                 if stopping and alone:
                     return None
-                total += loss_of(raw_model, batch_at(split, its_starts))
+                # One for each process; where the last ones leave some over, these repeat one and do not count it
+                nth = first + processes.rank
+                total += loss_of(raw_model, batch_at(split, starts[min(nth, batches - 1)])) * (nth < batches)
             losses[name] = processes.sum(total).item() / batches
         return losses
 
     def save(*names: str) -> None:
         contents = {
-            "model": raw_model.state_dict(),
-            "optimizer": updater.state_dict(),
+            "model": runtime.gather(raw_model.state_dict(), processes),
+            "optimizer": runtime.gather(updater.state_dict(), processes),
             "model_args": model_args,
             "iter_num": iter_num,
             "best_val_loss": best_val_loss,
@@ -405,36 +430,43 @@ def main() -> None:
             "without_better": without_better,
             "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
         }
-        for name in names:
+        for name in names if is_writing else ():
             checkpoint.save(Path(out_dir) / name, contents)
 
-    is_writing = processes.is_master and not eval_only
     wandb_run = start_wandb(config) if is_writing and wandb_log else None
     # Up to here anything may fail, and nothing has been written
     if stopping and alone:
         return
-    if is_writing and init_from != "resume":
-        checkpoint.set_aside(Path(out_dir))
+    if is_writing:
+        if init_from != "resume":
+            checkpoint.set_aside(Path(out_dir))
+        if not alone:
+            checkpoint.began(out_dir, runtime.launch_id())
     if processes.is_master:
         print(f"tokens per iteration will be: {tokens_per_iter:,}")
         print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
         print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
     log = Log(Path(out_dir) / checkpoint.LOG if is_writing else None, iter_num, evaluated, wandb_run)
     nth = iter_num * gradient_accumulation_steps + processes.rank  # the micro-batch that comes next
-    batch = training_batch(nth)
+    batch = None if eval_only else training_batch(nth)
     started, timed = time.perf_counter(), 0  # of the updates since the last log line or evaluation
-    agreed = False  # to stop: several processes have to, so that none waits for another
+    held = f"what {out_dir} holds is from before: resume it with a lower learning_rate"
+    stops = 0.0  # of how many signals all processes know: several have to stop together
+    skipped = 0  # updates in a row
     while True:
         if eval_only or (not evaluated and (iter_num % eval_interval == 0 or iter_num >= max_iters)):
             losses = estimate_loss()
             if losses is not None:
+                if not eval_only and not all(map(math.isfinite, losses.values())):
+                    raise UserError(f"an evaluated loss is {losses} at iteration {iter_num}: the run diverged; {held}")
                 improved = losses["val"] < best_val_loss
                 best_val_loss, evaluated = min(best_val_loss, losses["val"]), True
                 without_better = 0 if improved else without_better + 1
                 if processes.is_master:
                     log.evaluation(iter_num, losses, get_lr(iter_num), tokens_seen)
-                if is_writing:
-                    print(f"saving checkpoint to {out_dir}")
+                if not eval_only:
+                    if is_writing:
+                        print(f"saving checkpoint to {out_dir}")
                     is_best = iter_num > 0 and (improved or always_save_checkpoint)
                     save(*([checkpoint.BEST] if is_best else []), checkpoint.LAST)
             started, timed = time.perf_counter(), 0
@@ -442,7 +474,7 @@ def main() -> None:
             if processes.is_master:
                 print(f"stopping early: the best validation loss is {best_val_loss:.4f}")
             break
-        if iter_num >= max_iters or eval_only or agreed or (stopping and alone):
+        if iter_num >= max_iters or eval_only or stops or (stopping and alone):
             break
 
         # One update: its data and its dropout depend on the seed, iter_num and the rank, and on no history
@@ -453,48 +485,54 @@ def main() -> None:
             group["lr"] = lr * rate
             if "momentum" in group:
                 group["momentum"] = optimizers.momentum_at(iter_num, muon_momentum)
-        loss = torch.zeros(2, device=place)  # the mean over all micro-batches; whether a signal came in
+        # The mean loss of all micro-batches, the signals that came in, and for each rank whether its loss is no number
+        loss = torch.zeros(2 + processes.world_size, device=place)
         for micro_step in range(micro_steps):
             if not alone:  # gradients travel once an update
-                model.require_backward_grad_sync = micro_step == micro_steps - 1
+                runtime.set_gradient_sync(model, micro_step == micro_steps - 1)
             micro_loss = loss_of(model, batch) / micro_steps
             nth += processes.world_size
             batch = training_batch(nth)  # while a GPU computes
             scaler.scale(micro_loss).backward()
             loss[0] += micro_loss.detach()
-        grad_norm = None
-        if grad_clip or iter_num % log_interval == 0:  # without a limit it is only measured
-            scaler.unscale_(updater)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        scaler.step(updater)
-        scaler.update()
+        scaler.unscale_(updater)
+        grad_norm = runtime.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
+        loss[1], loss[2 + processes.rank] = len(stopping), ~loss[0].isfinite()
+        # The one place in an update that waits for the GPU
+        mean_loss, stops, *bad, grad_norm = torch.cat((processes.sum(loss), grad_norm.reshape(1))).tolist()
+        mean_loss, bad_ranks = mean_loss / processes.world_size, [rank for rank, is_bad in enumerate(bad) if is_bad]
+        fault = f"the loss of rank {', '.join(map(str, bad_ranks))} is not finite" if bad_ranks else ""
+        if not fault and not scaler.is_enabled() and not math.isfinite(grad_norm):  # a scaler does this for itself
+            fault = f"the gradient's norm is {grad_norm}"
+        skipped = skipped + 1 if fault else 0
+        if skipped > skip_bad_updates:
+            raise UserError(
+                f"{fault} at iteration {iter_num}: the run stopped before that update; {held}, or with skip_bad_updates"
+            )
+        if fault:
+            print(f"warning: {fault} at iteration {iter_num}; this update is left out", file=sys.stderr)
+        else:
+            scaler.step(updater)
+            scaler.update()
         updater.zero_grad(set_to_none=True)
         tokens_seen += tokens_per_iter
         timed += 1
 
         if iter_num % log_interval == 0:
-            loss[1] = len(stopping)
-            mean_loss, stops = (processes.sum(loss) / processes.world_size).tolist()  # waits for the GPU
             seconds = (time.perf_counter() - started) / timed
             sequences = gradient_accumulation_steps * batch_size / processes.world_size  # of this device
             mfu = raw_model.estimate_mfu(sequences, seconds, peak) if peak else None
-            if not math.isfinite(mean_loss):
-                raise UserError(
-                    f"the loss is {mean_loss} at iteration {iter_num}: the run diverged. What {out_dir} holds is from "
-                    "before; lower learning_rate and resume it"
-                )
             if processes.is_master:
                 log.iteration(iter_num, mean_loss, lr, grad_norm, seconds, tokens_per_iter / seconds, mfu)
-            agreed = stops > 0
             started, timed = time.perf_counter(), 0
         iter_num, evaluated = iter_num + 1, False
         log.bar.update()
 
-    if (agreed or stopping) and is_writing and not evaluated:
-        print(f"stopped by a signal after {iter_num} iterations, saving checkpoint to {out_dir}")
+    if (stops if not alone else stopping) and not eval_only and not evaluated:
+        if is_writing:
+            print(f"stopped by a signal after {iter_num} iterations, saving checkpoint to {out_dir}")
         save(checkpoint.LAST)
     log.close()
-    runtime.stop_processes()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the tests share: a small data set, and scripts run as a person runs them."""
 
+import json
 import os
 import runpy
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -75,6 +77,33 @@ def run(monkeypatch, capfd):
 def train(run):
     """train(max_iters=3, …) runs train.py on the tiny data set."""
     return lambda **settings: run("train.py", *flags(**{**TINY, **settings}))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints' values are equal, tensors to the bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def records(out_dir) -> list[dict]:
+    """The log without what a clock decides."""
+    lines = (out_dir / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("ms", "tokens_per_s")} for line in lines]
+
+
+def assert_same_run(a, b):
+    for name in ("model", "optimizer", "iter_num", "best_val_loss", "tokens_seen", "evaluated"):
+        assert same(load(a / "last.pt")[name], load(b / "last.pt")[name]), name
+    assert records(a) == records(b)
 
 
 @pytest.fixture

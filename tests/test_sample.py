@@ -276,10 +276,13 @@ def test_wrong_settings_are_one_line_each(trained, sample, settings, words):
     assert result.out == "" and result.err.count("error:") == (3 if len(settings) == 3 else 1)
 
 
-def test_a_damaged_checkpoint_is_one_line(trained, sample):
+def test_where_a_checkpoint_is_damaged_the_other_one_serves(trained, sample):
     path = trained / "out" / "ckpt.pt"
     path.write_bytes(path.read_bytes()[:2000])
-    assert_user_error(sample(), "ckpt.pt")
+    result = sample()
+    assert result.code == 0 and "warning: out/ckpt.pt" in result.err and "the other checkpoint serves" in result.err
+    (trained / "out" / "last.pt").write_bytes(b"nothing")
+    assert_user_error(sample(), "ckpt.pt", "last.pt")
 
 
 def test_a_reader_that_leaves_is_no_error(trained):

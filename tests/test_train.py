@@ -5,46 +5,18 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import nanogpt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_user_error, flags
+from conftest import ROOT, TINY, assert_same_run, assert_user_error, flags, load, records, same
 
 import checkpoint
 import corpus
 import dataset
 import model as model_module
 import runtime
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b) -> bool:
-    """Whether two checkpoints' values are equal, tensors to the bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def records(out_dir) -> list[dict]:
-    """The log without what a clock decides."""
-    lines = (out_dir / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("ms", "tokens_per_s")} for line in lines]
-
-
-def assert_same_run(a, b):
-    for name in ("model", "optimizer", "iter_num", "best_val_loss", "tokens_seen", "evaluated"):
-        assert same(load(a / "last.pt")[name], load(b / "last.pt")[name]), name
-    assert records(a) == records(b)
 
 
 @pytest.fixture
@@ -127,29 +99,6 @@ def test_a_signal_during_evaluation_stops_it_and_the_resumed_run_is_the_same(tin
     assert_same_run(tiny / "cut", undisturbed)
 
 
-def test_killed_at_random_moments_a_run_ends_in_the_same_bits(tiny, train, start):
-    """SIGKILL, again and again, some of them inside a save: the disk is always readable, and the end the same."""
-    settings = {**TINY, "max_iters": 500, "eval_interval": 2, "eval_iters": 1, "lr_decay_iters": 500}
-    train(**{**settings, "out_dir": "whole"})
-    delays = (0.02, 0.2, 0.1, 0.0, 0.05)
-    for turn, delay in enumerate(delays):
-        mode = "resume" if (tiny / "out" / "last.pt").exists() else "scratch"
-        process = start("train.py", *flags(**settings, init_from=mode), cwd=tiny)
-        before = load(tiny / "out" / "last.pt")["iter_num"] if mode == "resume" else -1
-        deadline = time.time() + 60
-        while time.time() < deadline and process.poll() is None:  # until it has saved something new
-            if (tiny / "out" / "last.pt").exists() and load(tiny / "out" / "last.pt")["iter_num"] > before:
-                break
-            time.sleep(0.005)
-        time.sleep(delay)
-        process.kill()
-        process.wait()
-        assert checkpoint.load(tiny / "out" / "last.pt")["iter_num"] > before, (turn, process.stderr.read())
-    assert train(**settings, init_from="resume").code == 0
-    assert_same_run(tiny / "out", tiny / "whole")
-    assert not list((tiny / "out").glob("*.tmp"))
-
-
 def test_a_resumed_log_repeats_nothing_and_drops_a_torn_line(tiny, train):
     train(max_iters=5)
     with open(tiny / "out" / "log.jsonl", "a") as log:
@@ -165,40 +114,6 @@ def test_the_split_into_micro_batches_changes_nothing_but_rounding(tiny, train):
     train(out_dir="four", **{**one, "batch_size": 2, "gradient_accumulation_steps": 4})
     a, b = ([r["loss"] for r in records(tiny / name) if "iter" in r] for name in ("one", "four"))
     assert a == pytest.approx(b, abs=1e-4)
-
-
-def test_two_processes_stop_together_on_a_signal(tiny):
-    settings = {**TINY, "dropout": 0.0, "max_iters": 100000, "eval_interval": 100000, "log_interval": 3}
-    command = ["--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
-    launch = [sys.executable, "-m", "torch.distributed.run", *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*launch, *flags(**settings)], cwd=tiny, env=environment, stderr=subprocess.PIPE)
-    try:
-        deadline = time.time() + 60
-        while time.time() < deadline and not ((tiny / "out" / "log.jsonl").exists() and len(records(tiny / "out")) > 3):
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    stopped_at = load(tiny / "out" / "last.pt")["iter_num"]
-    assert stopped_at > 0 and (stopped_at - 1) % 3 == 0
-    assert max(r["iter"] for r in records(tiny / "out") if "iter" in r) == stopped_at - 1
-
-
-def test_two_processes_see_the_batches_of_one(tiny, train):
-    settings = {**TINY, "dropout": 0.0, "max_iters": 6, "eval_interval": 3}
-    train(**settings, out_dir="one")
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    command = [sys.executable, *map(str, arguments), *flags(**settings, out_dir="two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tiny, capture_output=True, text=True, env=environment, timeout=120)
-    assert result.returncode == 0, result.stderr
-    for a, b in zip(records(tiny / "one"), records(tiny / "two"), strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
-    ours, theirs = (load(tiny / name / "last.pt")["model"] for name in ("one", "two"))
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
 
 
 @pytest.fixture
@@ -324,26 +239,13 @@ def test_a_new_run_sets_the_old_one_aside(tiny, train):
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny, train):
+    """Before an update from a loss that is no number, and before weights that are none reach the disk."""
     train(max_iters=5)
-    result = train(max_iters=50, init_from="resume", learning_rate=1e30, decay_lr=False, grad_clip=0.0)
-    assert_user_error(result, "diverged")
+    wild = {"max_iters": 50, "init_from": "resume", "learning_rate": 1e38, "decay_lr": False, "grad_clip": 0.0}
+    assert_user_error(train(**wild), "rank 0", "iteration 6")
+    assert_user_error(train(**wild, eval_interval=1), "nan", "iteration 6", "diverged")
     state = load(tiny / "out" / "last.pt")
     assert state["iter_num"] == 5 and all(t.isfinite().all() for t in state["model"].values())
-
-
-def test_weights_that_are_not_finite_are_never_saved(tiny, train):
-    train(max_iters=5)
-    result = train(
-        max_iters=50,
-        init_from="resume",
-        learning_rate=1e30,
-        decay_lr=False,
-        grad_clip=0.0,
-        log_interval=1000,
-        eval_interval=9,
-    )
-    assert_user_error(result, "diverged")
-    assert load(tiny / "out" / "last.pt")["iter_num"] == 5
 
 
 def test_a_log_that_can_not_be_written_is_one_line(tiny, train):
