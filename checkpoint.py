@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import warnings
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 import runtime
 from configurator import UserError
@@ -60,6 +63,8 @@ def claimed(out_dir: str) -> Iterator[None]:
     try:
         for leftover in Path(out_dir).glob("*.pt.tmp"):  # of a run that was killed in a save
             leftover.unlink()
+        for leftover in Path(out_dir).glob("*.dcp.tmp"):
+            shutil.rmtree(leftover)
         yield
     finally:
         os.close(folder)
@@ -87,6 +92,61 @@ def save(path: Path, state: dict) -> None:
             partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
+
+
+def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Optimizer, is_master: bool) -> None:
+    """As save, of a run of several processes, each of which writes its own part into the folder `path`.
+
+    plain: all but the tensors of model and optimizer. All processes have to call it.
+    """
+    runtime.reshard(model)
+    tensors = _sharded_tensors(model, optimizer)
+    bad = [name for name, tensor in tensors.items() if not runtime.own_part(tensor).isfinite().all()]
+    if runtime.any_of(bool(bad), next(model.parameters()).device):
+        which = ", ".join(bad) or "a tensor of another rank"
+        raise UserError(f"the run diverged: {which} is not finite, and {path} was left as it was")
+    moved = [(name, optimizer.state[p]) for name, p in model.named_parameters() if optimizer.state[p]]
+    steps = {name: float(its.get("step", 0)) for name, its in moved}
+    partial, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    try:
+        if is_master:
+            shutil.rmtree(partial, ignore_errors=True)
+        runtime.any_of(False, next(model.parameters()).device)  # all wait until that is done
+        dcp.save(tensors, checkpoint_id=partial)
+        if is_master:
+            save(partial / "plain.pt", {**plain, "steps": steps})
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+            _replace(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, CheckpointException) as error:
+        raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
+
+
+def load_shards(model: GPT, optimizer: torch.optim.Optimizer | None, state: dict) -> None:
+    """Reads weights and moments, in place, from the folder that `state` was loaded from, however many wrote it.
+
+    Without an optimizer the weights alone.
+    """
+    steps = state["steps"] if optimizer else {}
+    for group in optimizer.param_groups if steps else ():
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            names = ("momentum_buffer",) if group.get("kind") == "muon" else ("exp_avg", "exp_avg_sq")
+            optimizer.state[p] = {key: torch.zeros_like(p) for key in names}
+            if names != ("momentum_buffer",):
+                optimizer.state[p]["step"] = torch.tensor(steps[name], device=p.device)
+    try:
+        dcp.load(_sharded_tensors(model, optimizer), checkpoint_id=state["path"])
+    except (CheckpointException, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{state['path']} does not hold what this run needs: {str(error).strip()[:300]}") from error
+
+
+def _sharded_tensors(model: GPT, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters() if optimizer else ():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items() if key != "step"}
+    return tensors
 
 
 def _tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,13 +184,15 @@ def began(out_dir: str, launch: str) -> None:
 def is_of(out_dir: str, launch: str) -> bool:
     """Whether out_dir holds a checkpoint of a run that this launch began."""
     path = Path(out_dir) / LAUNCH
-    return (Path(out_dir) / LAST).is_file() and path.is_file() and path.read_text(encoding="utf-8") == launch
+    begun = any((Path(out_dir) / form).exists() for form in _forms(LAST))
+    return begun and path.is_file() and path.read_text(encoding="utf-8") == launch
 
 
 def set_aside(out_dir: Path) -> None:
     """Moves an earlier run's files out of the way, into out_dir/previous, previous-2, … : nothing is overwritten."""
-    found = [out_dir / name for name in (BEST, LAST, LOG) if (out_dir / name).exists()]
-    if not any(path.suffix == ".pt" for path in found):
+    found = [out_dir / name for name in (*map(str, _forms(BEST)), *map(str, _forms(LAST)), LOG)]
+    found = [path for path in found if path.exists()]
+    if all(path.name == LOG for path in found):
         return
     names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
     folder = next(out_dir / name for name in names if not (out_dir / name).exists())
@@ -181,8 +243,14 @@ def _tell(problems: list[str]) -> None:
         print(f"warning: {problem}; the other checkpoint serves", file=sys.stderr)
 
 
+def _forms(name: str) -> list[str]:
+    """Of a checkpoint: the file, the folder of shards, and what that is called while it is being replaced."""
+    return [name, name.replace(".pt", ".dcp"), name.replace(".pt", ".dcp.old")]
+
+
 def _existing(out_dir: str) -> list[Path]:
-    found = [path for path in (Path(out_dir) / BEST, Path(out_dir) / LAST) if path.is_file()]
+    found = [Path(out_dir) / form for name in (BEST, LAST) for form in _forms(name)]
+    found = [path for path in found if path.is_file() or (path / "plain.pt").is_file()]
     if not found:
         raise UserError(f"no checkpoint in {out_dir!r}: train one with --out_dir={out_dir}, or name another folder")
     return found
@@ -193,6 +261,8 @@ def load(path: Path) -> dict:
 
     Raises UserError for a file that is truncated, holds more than tensors and plain values, or is no GPT checkpoint.
     """
+    if path.is_dir():  # shards, which `load_shards` reads
+        return {**load(path / "plain.pt"), "path": path, "model": None}
     _check_sums(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY_SCALAR):
@@ -202,6 +272,8 @@ def load(path: Path) -> dict:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values; it was not loaded") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise UserError(f"{path} can't be read; is it truncated? ({error})") from error
+    if isinstance(state, dict) and path.name == "plain.pt":
+        state.setdefault("model", {})
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of a GPT: it has no 'model'")
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
@@ -237,7 +309,15 @@ def _check_sums(path: Path) -> None:
 
 
 def build_model(state: dict, dropout: float = 0.0) -> GPT:
-    """The model that a loaded checkpoint describes, with its weights. Raises UserError where the two do not match."""
+    """The model that a loaded checkpoint describes, with its weights. Raises UserError where the two do not match.
+
+    Of shards, several processes get no weights yet: `load_shards` gives each its part.
+    """
+    if state["model"] is None:
+        model = GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}))
+        if not torch.distributed.is_initialized():
+            load_shards(model, None, state)
+        return model
     tied = [state["model"].get(name) for name in ("lm_head.weight", "transformer.wte.weight")]
     try:
         config = GPTConfig(**{**state["model_args"], "dropout": dropout})

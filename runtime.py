@@ -128,6 +128,25 @@ def divided_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)  # each takes its own part
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Has the model hold its parameters divided again; after an evaluation, those outside of blocks are still whole."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def any_of(value: bool, device: torch.device) -> bool:
+    """Whether it is true on any process; waits for all of them."""
+    flag = torch.tensor(float(value), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag)
+    return flag.item() > 0
+
+
 def gather(state: dict, processes: Processes) -> dict:
     """A state dict with its divided tensors put together, one after the other, in the master's main memory."""
     gathered = {}
@@ -142,10 +161,16 @@ def gather(state: dict, processes: Processes) -> dict:
 
 
 def stop_processes() -> None:
-    """Leaves the process group together with all others: who left earlier would break what the rest still sends."""
+    """Ends this process, if it is one of several, together with the others: who left earlier would break their work.
+
+    It ends at once. Left to the interpreter's own end, threads of the process group abort it now and then.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def launch_id() -> str:

@@ -68,6 +68,7 @@ min_lr = 6e-5  # about learning_rate / 10 (Chinchilla)
 decay_fraction = 0.6  # of wsd
 # Processes and machine
 fsdp = False  # divide weights, gradients and moments among the processes (FSDP2), for models beyond one GPU
+sharded_checkpoint = False  # with fsdp: folders last.dcp and ckpt.dcp, where one file would be too large
 backend = "nccl"  # of torch.distributed on GPUs: nccl, gloo, …; CPUs use gloo
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is bfloat16 where the device computes in it
@@ -130,6 +131,9 @@ def check_settings() -> None:
         (0 <= muon_momentum < 1, f"muon_momentum must be in [0, 1), not {muon_momentum}"),
         (schedule in ("cosine", "wsd"), f"schedule must be cosine or wsd, not {schedule!r}"),
         (0 < decay_fraction <= 1, f"decay_fraction must be above 0 and at most 1, not {decay_fraction}"),
+        (not fsdp or "RANK" in os.environ, "fsdp divides a model among processes: start them with torchrun"),
+        (not fsdp or dtype != "float16", "fsdp has no gradient scaler: take dtype=bfloat16, or float32"),
+        (fsdp or not sharded_checkpoint, "sharded_checkpoint is of runs with fsdp=True"),
         (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (
             not decay_lr or warmup_iters != lr_decay_iters,
@@ -319,8 +323,8 @@ def main() -> None:
         checkpoint.claimed(out_dir) if is_writing else contextlib.nullcontext(),
     ):
         if runtime.is_restart() and init_from != "resume":
-            goes_on = torch.tensor(float(is_writing and checkpoint.is_of(out_dir, runtime.launch_id())), device=place)
-            if processes.sum(goes_on).item():
+            goes_on = is_writing and checkpoint.is_of(out_dir, runtime.launch_id())
+            if runtime.any_of(goes_on, place):
                 init_from = "resume"
         run(processes, place)
         runtime.stop_processes()
@@ -364,7 +368,9 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
     updater = make_optimizer(raw_model, place, compute_dtype)
     peak_rates = [group["lr"] / learning_rate for group in updater.param_groups]  # of each group, over learning_rate
     scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
-    if "optimizer" in state:
+    if state.get("model", {}) is None:
+        checkpoint.load_shards(raw_model, updater, state)
+    elif "optimizer" in state:
         checkpoint.load_optimizer(updater, state)
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
@@ -417,8 +423,6 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
 
     def save(*names: str) -> None:
         contents = {
-            "model": runtime.gather(raw_model.state_dict(), processes),
-            "optimizer": runtime.gather(updater.state_dict(), processes),
             "model_args": model_args,
             "iter_num": iter_num,
             "best_val_loss": best_val_loss,
@@ -430,6 +434,13 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
             "without_better": without_better,
             "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
         }
+        if sharded_checkpoint:
+            for name in names:
+                path = (Path(out_dir) / name).with_suffix(".dcp")
+                checkpoint.save_shards(path, contents, raw_model, updater, is_writing)
+            return
+        contents["model"] = runtime.gather(raw_model.state_dict(), processes)
+        contents["optimizer"] = runtime.gather(updater.state_dict(), processes)
         for name in names if is_writing else ():
             checkpoint.save(Path(out_dir) / name, contents)
 

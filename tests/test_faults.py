@@ -108,6 +108,22 @@ def test_a_run_moves_between_one_process_and_several(tiny, train):
     assert code == 0 and load(tiny / "out" / "last.pt")["iter_num"] == 19, err
 
 
+def test_shards_of_a_checkpoint_resume_on_any_number_of_processes(tiny, train, run):
+    settings = {**PLAIN, **MUON, "max_iters": 12, "eval_interval": 4}
+    assert train(**settings, out_dir="one").code == 0
+    sharded = {**settings, "fsdp": True, "sharded_checkpoint": True}
+    code, _, err = finish(torchrun(tiny, {**sharded, "max_iters": 4}))
+    assert code == 0, err
+    assert sorted(path.name for path in (tiny / "out").iterdir() if path.suffix != ".jsonl") == [
+        ".launch", "ckpt.dcp", "last.dcp",
+    ]  # fmt: skip
+    code, _, err = finish(torchrun(tiny, {**sharded, "max_iters": 8, "init_from": "resume"}))
+    assert code == 0, err
+    assert run("sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=5").code == 0
+    assert train(**settings, init_from="resume").code == 0
+    assert_close_run(tiny / "one", tiny / "out")
+
+
 def test_several_agents_form_one_run(tiny, train):
     """Two torchrun agents that meet at an address, as on two machines."""
     settings = {**PLAIN, "max_iters": 6}

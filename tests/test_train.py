@@ -518,6 +518,8 @@ def test_wsd_is_constant_and_then_a_line(tiny, train):
         ({"arch": "llama"}, ["arch", "llama"]),
         ({"optimizer": "sgd", "schedule": "step"}, ["optimizer", "schedule"]),
         ({"muon_lr": 3.0}, ["muon_lr"]),
+        ({"fsdp": True, "dtype": "float16"}, ["torchrun", "gradient scaler"]),
+        ({"sharded_checkpoint": True}, ["fsdp=True"]),
         ({"lr_multipliers": "wte", "no_decay": "wte"}, ["lr_multipliers", "wte=0.5"]),
         ({"no_decay": "nothing_of_that_name"}, ["nothing_of_that_name", "transformer.wte.weight"]),
         ({"muon_lr": 0.0, "muon_momentum": 1.0, "decay_fraction": 0}, ["muon_lr", "muon_momentum", "decay_fraction"]),
