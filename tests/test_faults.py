@@ -448,3 +448,46 @@ def test_over_a_long_run_memory_and_open_files_stay(tiny, train):
     assert max(memory) - memory[0] < 8 * 2**20 and max(files) <= files[0] + 2
     lines = (tiny / "out" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["iter"] for line in lines if '"iter"' in line] == list(range(0, 20000, 100))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash is here")
+@pytest.mark.parametrize(
+    ("restarts", "ends", "resumes", "requeued", "status"),
+    [
+        (0, "signal", False, True, 0),
+        (1, "signal", True, True, 0),
+        (1, "well", True, False, 0),
+        (0, "badly", False, False, 2),
+    ],
+    ids=str,
+)
+def test_a_slurm_job_goes_back_into_the_queue_and_resumes(tmp_path, restarts, ends, resumes, requeued, status):
+    """The script among stand-ins of SLURM's commands that note how they are called."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last.pt").touch()
+    last = {"signal": "trap 'exit 143' TERM; while :; do sleep 0.1; done", "well": "exit 0", "badly": "exit 2"}[ends]
+    stand_ins = {
+        "srun": f'echo "$@" > {tmp_path}/srun.txt; {last}',
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol.txt; echo node1',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment = {
+        **os.environ,
+        **job,
+        "SLURM_RESTART_COUNT": str(restarts),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    command = ["bash", str(ROOT / "docs" / "train.slurm"), "config/x.py", f"--out_dir={tmp_path}/out"]
+    process = subprocess.Popen(command, env=environment)
+    if ends == "signal":
+        wait_for((tmp_path / "srun.txt").exists)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == status
+    called = (tmp_path / "srun.txt").read_text()
+    assert "--rdzv_endpoint=node1:29500" in called and "train.py config/x.py" in called
+    assert ("--init_from=resume" in called) == resumes
+    assert ("requeue 7" in (tmp_path / "scontrol.txt").read_text()) == requeued

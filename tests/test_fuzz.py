@@ -174,6 +174,7 @@ one_argument = st.one_of(
 @example(["--size=" + hex(16**5000)])
 @example(["--rate=" + "9" * 400 + "+1j"])
 @example(["--name=" + "\udcff"])
+@example([r"--name='\d'"])
 def test_any_command_line_sets_what_it_says_or_is_refused_with_a_line_for_each_mistake(folder, argv):
     assume(not any(os.path.isfile(argument) for argument in argv))
     with warnings.catch_warnings(record=True) as remarks:
