@@ -31,6 +31,7 @@ from configurator import UserError
 from model import CAUSAL_MASKS, GPT, GPTConfig
 
 BEST, LAST, LOG, LAUNCH = "ckpt.pt", "last.pt", "log.jsonl", ".launch"
+ZIP_FOLDER = 0x10  # among an archive entry's external attributes
 # nanoGPT may store best_val_loss as a numpy scalar: a dtype and its bytes, no code.
 _NUMPY_SCALAR = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
@@ -270,8 +271,8 @@ def load(path: Path) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values; it was not loaded") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise UserError(f"{path} can't be read; is it truncated? ({error})") from error
+    except Exception as error:  # a broken pickle raises anything
+        raise UserError(f"{path} can't be read; is it truncated? ({str(error)[:300]})") from error
     if isinstance(state, dict) and path.name == "plain.pt":
         state.setdefault("model", {})
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
@@ -281,7 +282,7 @@ def load(path: Path) -> dict:
     if not isinstance(args, dict) or not {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"} <= args.keys():
         raise UserError(f"{path} is no checkpoint of a GPT: its model_args are missing or incomplete")
     if unknown := args.keys() - fields:
-        raise UserError(f"{path} holds a model that is unknown here: {', '.join(map(str, sorted(unknown)))}")
+        raise UserError(f"{path} holds a model that is unknown here: {', '.join(sorted(map(str, unknown)))}")
     try:
         model = {
             name.removeprefix("_orig_mod."): tensor
@@ -291,7 +292,7 @@ def load(path: Path) -> dict:
         best, iter_num = float(state.get("best_val_loss", math.inf)), int(state.get("iter_num", 0))
         plain = {"best_val_loss": math.inf if math.isnan(best) else best, "iter_num": max(0, iter_num)}
         return {**state, **plain, "model": model, "config": dict(state.get("config") or {}), "path": path}
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path} is no checkpoint of a GPT: {error}") from error
 
 
@@ -302,7 +303,9 @@ def _check_sums(path: Path) -> None:
             return
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
+            if folders := [info.filename for info in file.infolist() if info.external_attr & ZIP_FOLDER]:
+                raise zipfile.BadZipFile(f"{folders[0]} calls itself a folder, of which torch would read nothing")
+    except Exception as error:  # zipfile lets pass what its decompressors raise
         raise UserError(f"{path} is damaged ({error})") from error
     if damaged:
         raise UserError(f"{path} is damaged: the sum of {damaged} in it is wrong")
@@ -314,20 +317,38 @@ def build_model(state: dict, dropout: float = 0.0) -> GPT:
     Of shards, several processes get no weights yet: `load_shards` gives each its part.
     """
     if state["model"] is None:
-        model = GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}))
+        try:
+            model = GPT(_config(state["model_args"], dropout))
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{state['path']} describes no GPT: {error}") from error
         if not torch.distributed.is_initialized():
             load_shards(model, None, state)
         return model
     tied = [state["model"].get(name) for name in ("lm_head.weight", "transformer.wte.weight")]
     try:
-        config = GPTConfig(**{**state["model_args"], "dropout": dropout})
+        config = _config(state["model_args"], dropout)
         if config.tie_embeddings and all(map(torch.is_tensor, tied)) and not torch.equal(*tied):
             raise ValueError("its input and output embeddings differ, where this model's are one")
+        if config.n_layer > len(state["model"]):
+            raise ValueError(f"it has no weights for {config.n_layer} layers")
+        with torch.device("meta"):  # wrong sizes are found before they take memory
+            GPT(config).load_state_dict(state["model"], assign=True)
         model = GPT(config)
         model.load_state_dict(state["model"])
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{state['path']} does not hold the weights that its model_args describe: {error}") from error
     return model
+
+
+def _config(model_args: dict, dropout: float) -> GPTConfig:
+    """Raises ValueError or TypeError where an argument is not of its type."""
+    args = {**model_args, "dropout": dropout}
+    for field in dataclasses.fields(GPTConfig):
+        value = args.get(field.name, field.default)
+        args[field.name] = float(value) if (field.type, type(value)) == (float, int) else value
+        if type(args[field.name]) is not field.type:
+            raise ValueError(f"{field.name} is no {field.type.__name__}")
+    return GPTConfig(**args)
 
 
 def pretrained(name: str, dropout: float = 0.0) -> GPT:
@@ -357,14 +378,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
             order = [index for group in theirs for index in group["params"]]
         else:
             raise ValueError("its groups hold other numbers of parameters")
+        if len(set(order)) < len(order):
+            raise ValueError("two of its parameters are one")
         kinds = [group.get("kind") for group in own for _ in group["params"]]
         state = {}
         for index, (old, kind, parameter) in enumerate(zip(order, kinds, parameters, strict=True)):
             if old in saved["state"]:
                 moments = saved["state"][old]
                 names = ("momentum_buffer",) if kind == "muon" else ("step", "exp_avg", "exp_avg_sq")
-                state[index] = {name: _fitted(moments[name], parameter) for name in names}
-        if state and len(state) < len(parameters):
+                state[index] = {n: moments[n] if n == "step" else _fitted(moments[n], parameter) for n in names}
+                if state[index].get("step", torch.zeros(())).numel() != 1:
+                    raise ValueError("a count of steps is no single number")
+        if saved["state"] and len(state) < len(parameters):
             raise ValueError("some of its parameters have no moments")
         optimizer.load_state_dict({"state": state, "param_groups": own})
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -373,9 +398,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
 
 def _fitted(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Moments as the parameter wants them: cropped, and divided among the processes."""
-    if value.dim() == 0:
-        return value
-    if value.shape != parameter.shape:
+    if value.shape != parameter.shape and value.dim():
         value = value[: parameter.size(0)].clone()
     if value.shape != parameter.shape:
         raise ValueError(f"moments of shape {tuple(value.shape)} for weights of shape {tuple(parameter.shape)}")

@@ -10,6 +10,7 @@ The batches are a pure function: row r of iteration i depends on (seed, i, r) an
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,8 @@ def load_meta(folder: Path) -> dict:
                 theirs = _PlainUnpickler(file).load()
             meta["vocab_size"], itos = theirs["vocab_size"], theirs.get("itos")
             if itos is not None:
+                if meta["vocab_size"] > sys.maxunicode + 1:
+                    raise ValueError("it counts more characters than there are")
                 itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
                 meta["tokenizer"] = {"type": "char", "chars": [itos.get(i) for i in range(meta["vocab_size"])]}
         else:
@@ -80,7 +83,9 @@ def load_meta(folder: Path) -> dict:
         if meta["tokenizer"] is not None:
             check_data(meta["tokenizer"], meta["vocab_size"])
     except Exception as error:  # a broken pickle raises anything
-        raise UserError(f"{folder}: its meta file can't be used ({error}); prepare the data set again") from error
+        raise UserError(
+            f"{folder}: its meta file can't be used ({str(error)[:300]}); prepare the data set again"
+        ) from error
     return meta
 
 
@@ -99,8 +104,11 @@ def tokenizer_of(name: str, vocab_size: int) -> dict:
     )
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers, and refuses everything that could run code."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, strings and numbers, and refuses everything that could run code.
+
+    The one in Python, since the one in C reserves whatever memory a file asks for.
+    """
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no plain data")
