@@ -71,7 +71,10 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
     else:
         backend = "gloo"
     try:
-        dist.init_process_group(backend)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun's store outlives its restarts, and with it the addresses of processes that are gone
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"backend={backend} could not start: {error}") from error
     return processes, found
