@@ -53,19 +53,22 @@ def claimed(out_dir: str) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    folder = os.open(out_dir, os.O_RDONLY)
+    try:
+        folder = os.open(out_dir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"out_dir {out_dir!r} can't be opened: {error.strerror}") from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for leftover in Path(out_dir).glob("*.pt.tmp"):  # of a run that was killed in a save
+            leftover.unlink()
+        for leftover in Path(out_dir).glob("*.dcp.tmp"):
+            shutil.rmtree(leftover)
     except BlockingIOError:
         os.close(folder)
         raise UserError(f"another run is writing to {out_dir}: wait for it, or take another out_dir") from None
     except OSError as error:
         print(f"warning: {out_dir} can't be locked ({error.strerror}): start no second run there", file=sys.stderr)
     try:
-        for leftover in Path(out_dir).glob("*.pt.tmp"):  # of a run that was killed in a save
-            leftover.unlink()
-        for leftover in Path(out_dir).glob("*.dcp.tmp"):
-            shutil.rmtree(leftover)
         yield
     finally:
         os.close(folder)
@@ -120,9 +123,16 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
             _replace(partial, path)
-            shutil.rmtree(old, ignore_errors=True)
+            drop_other_forms(path)
     except (OSError, CheckpointException) as error:
         raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
+
+
+def drop_other_forms(path: Path) -> None:
+    """Once a checkpoint is saved as a file, or as shards, what it was before in the other form is stale."""
+    for form in map(path.with_name, _forms(path.with_suffix(".pt").name)):
+        if form != path and form.exists():
+            shutil.rmtree(form) if form.is_dir() else form.unlink()
 
 
 def load_shards(model: GPT, optimizer: torch.optim.Optimizer | None, state: dict) -> None:
@@ -140,7 +150,9 @@ def load_shards(model: GPT, optimizer: torch.optim.Optimizer | None, state: dict
     try:
         dcp.load(_sharded_tensors(model, optimizer), checkpoint_id=state["path"])
     except (CheckpointException, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{state['path']} does not hold what this run needs: {str(error).strip()[:300]}") from error
+        raise UserError(
+            f"{state['path']} does not hold what this run needs: {str(error).strip().splitlines()[-1][:300]}"
+        ) from error
 
 
 def _sharded_tensors(model: GPT, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
@@ -180,6 +192,12 @@ def prepare_folder(out_dir: str) -> None:
 def began(out_dir: str, launch: str) -> None:
     """Notes in out_dir which launch its run belongs to; torchrun's restarts of it find that by `is_of`."""
     (Path(out_dir) / LAUNCH).write_text(launch, encoding="utf-8")
+
+
+def forget_launch(out_dir: str) -> None:
+    """Before a launch that is no restart: what an earlier one of the same name left is not its own."""
+    with contextlib.suppress(OSError):
+        (Path(out_dir) / LAUNCH).unlink(missing_ok=True)
 
 
 def is_of(out_dir: str, launch: str) -> bool:

@@ -229,7 +229,7 @@ def drop_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     Each number of the generator makes four draws of 16 bits, a third of the time of PyTorch's own dropout on CPUs.
     """
     numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    keep = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
     return keep.to(x.dtype).mul_(1 / (1 - p))
 
 

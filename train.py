@@ -201,6 +201,10 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
         problems.append(f"block_size is {have['block_size']} in {source}, and can't grow to {block_size}")
     if state.get("tokenizer") and meta["tokenizer"] and state["tokenizer"] != meta["tokenizer"]:
         problems.append(f"{source} was trained with another tokenizer than that of data set {dataset!r}")
+    if state.get("model", {}) is None and "block_size" in _given and block_size < have["block_size"]:
+        problems.append(
+            f"block_size can't be lowered from {have['block_size']} in shards: make one file of {source} first"
+        )
     if problems:
         raise UserError(*problems)
     if "block_size" in _given and block_size < have["block_size"]:
@@ -322,7 +326,10 @@ def main() -> None:
         runtime.lost_ranks_named(processes),
         checkpoint.claimed(out_dir) if is_writing else contextlib.nullcontext(),
     ):
-        if runtime.is_restart() and init_from != "resume":
+        restarted = runtime.any_of(runtime.is_restart(), place)
+        if is_writing and not restarted:
+            checkpoint.forget_launch(out_dir)
+        if restarted and init_from != "resume":
             goes_on = is_writing and checkpoint.is_of(out_dir, runtime.launch_id())
             if runtime.any_of(goes_on, place):
                 init_from = "resume"
@@ -443,6 +450,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         contents["optimizer"] = runtime.gather(updater.state_dict(), processes)
         for name in names if is_writing else ():
             checkpoint.save(Path(out_dir) / name, contents)
+            checkpoint.drop_other_forms(Path(out_dir) / name)
 
     wandb_run = start_wandb(config) if is_writing and wandb_log else None
     # Up to here anything may fail, and nothing has been written
@@ -451,7 +459,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
     if is_writing:
         if init_from != "resume":
             checkpoint.set_aside(Path(out_dir))
-        if not alone:
+        if "RANK" in os.environ:
             checkpoint.began(out_dir, runtime.launch_id())
     if processes.is_master:
         print(f"tokens per iteration will be: {tokens_per_iter:,}")
@@ -503,7 +511,8 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
                 runtime.set_gradient_sync(model, micro_step == micro_steps - 1)
             micro_loss = loss_of(model, batch) / micro_steps
             nth += processes.world_size
-            batch = training_batch(nth)  # while a GPU computes
+            if micro_step + 1 < micro_steps or iter_num + 1 < max_iters:
+                batch = training_batch(nth)  # while a GPU computes
             scaler.scale(micro_loss).backward()
             loss[0] += micro_loss.detach()
         scaler.unscale_(updater)
@@ -524,7 +533,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
             print(f"warning: {fault} at iteration {iter_num}; this update is left out", file=sys.stderr)
         else:
             scaler.step(updater)
-            scaler.update()
+        scaler.update()  # after a fault too: it lowers the scale, and forgets that it has unscaled
         updater.zero_grad(set_to_none=True)
         tokens_seen += tokens_per_iter
         timed += 1

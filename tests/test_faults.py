@@ -122,6 +122,7 @@ def test_shards_of_a_checkpoint_resume_on_any_number_of_processes(tiny, train, r
     assert run("sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=5").code == 0
     assert train(**settings, init_from="resume").code == 0
     assert_close_run(tiny / "one", tiny / "out")
+    assert not list((tiny / "out").glob("*.dcp*")), "files have taken the place of the shards"
 
 
 def test_several_agents_form_one_run(tiny, train):
@@ -159,14 +160,15 @@ def test_when_a_rank_is_killed_the_others_end_with_a_message(tiny):
     checkpoint.load(tiny / "out" / "last.pt")
 
 
-def test_torchruns_restart_goes_on_where_the_run_was(tiny, train):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchruns_restart_goes_on_where_the_run_was(tiny, train, processes):
     """A killed rank with --max_restarts: no setting says so, but the run resumes, and ends as the undisturbed one."""
     earlier = train(out_dir="out", max_iters=3, n_embd=8)
     assert earlier.code == 0, "a run of another kind, which is set aside and never resumed"
     settings = {**PLAIN, "max_iters": 400, "lr_decay_iters": 400, "eval_interval": 20, "out_dir": "out"}
-    process = torchrun(tiny, settings, options=("--standalone", "--max_restarts=2"))
+    process = torchrun(tiny, settings, processes, options=("--standalone", "--max_restarts=2"))
     wait_for(lambda: (tiny / "out" / "previous").exists() and iterations(tiny / "out") > 50)
-    os.kill(workers(process)[1], signal.SIGKILL)
+    os.kill(workers(process)[-1], signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 0, err
     assert "Resuming training from out/last.pt" in out
@@ -480,7 +482,8 @@ def test_a_slurm_job_goes_back_into_the_queue_and_resumes(tmp_path, restarts, en
         "SLURM_RESTART_COUNT": str(restarts),
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
-    command = ["bash", str(ROOT / "docs" / "train.slurm"), "config/x.py", f"--out_dir={tmp_path}/out"]
+    (tmp_path / "x.py").write_text(f"n_layer = 2\nout_dir = '{tmp_path}/out'  # where it goes\n")
+    command = ["bash", str(ROOT / "docs" / "train.slurm"), f"{tmp_path}/x.py", "--n_head=2"]
     process = subprocess.Popen(command, env=environment)
     if ends == "signal":
         wait_for((tmp_path / "srun.txt").exists)
@@ -488,6 +491,6 @@ def test_a_slurm_job_goes_back_into_the_queue_and_resumes(tmp_path, restarts, en
         process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == status
     called = (tmp_path / "srun.txt").read_text()
-    assert "--rdzv_endpoint=node1:29500" in called and "train.py config/x.py" in called
+    assert "--rdzv_endpoint=node1:29500" in called and f"train.py {tmp_path}/x.py --n_head=2" in called
     assert ("--init_from=resume" in called) == resumes
     assert ("requeue 7" in (tmp_path / "scontrol.txt").read_text()) == requeued
