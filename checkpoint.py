@@ -118,7 +118,7 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
         runtime.any_of(False, next(model.parameters()).device)  # all wait until that is done
         dcp.save(tensors, checkpoint_id=partial)
         if is_master:
-            save(partial / "plain.pt", {**plain, "steps": steps})
+            save(partial / "plain.pt", {"model": {}, **plain, "steps": steps})
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
@@ -143,10 +143,8 @@ def load_shards(model: GPT, optimizer: torch.optim.Optimizer | None, state: dict
     steps = state["steps"] if optimizer else {}
     for group in optimizer.param_groups if steps else ():
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            names = ("momentum_buffer",) if group.get("kind") == "muon" else ("exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {key: torch.zeros_like(p) for key in names}
-            if names != ("momentum_buffer",):
-                optimizer.state[p]["step"] = torch.tensor(steps[name], device=p.device)
+            step = torch.tensor(steps[name], device=p.device)
+            optimizer.state[p] = {key: step if key == "step" else torch.zeros_like(p) for key in _moments(group)}
     try:
         dcp.load(_sharded_tensors(model, optimizer), checkpoint_id=state["path"])
     except (CheckpointException, OSError, ValueError, RuntimeError, KeyError) as error:
@@ -209,7 +207,7 @@ def is_of(out_dir: str, launch: str) -> bool:
 
 def set_aside(out_dir: Path) -> None:
     """Moves an earlier run's files out of the way, into out_dir/previous, previous-2, … : nothing is overwritten."""
-    found = [out_dir / name for name in (*map(str, _forms(BEST)), *map(str, _forms(LAST)), LOG)]
+    found = [out_dir / name for name in (*_forms(BEST), *_forms(LAST), LOG)]
     found = [path for path in found if path.exists()]
     if all(path.name == LOG for path in found):
         return
@@ -231,30 +229,29 @@ def to_use(out_dir: str) -> Path:
 
 def load_to_use(out_dir: str) -> dict:
     """The loaded checkpoint to sample or evaluate; where ckpt.pt is damaged, last.pt with a warning."""
-    problems = []
-    for path in _existing(out_dir):
+    return next(_states(_existing(out_dir)))
+
+
+def load_furthest(out_dir: str) -> dict:
+    """The loaded checkpoint that is furthest on: last.pt, unless nanoGPT has carried ckpt.pt on since."""
+    return max(_states(_existing(out_dir)[::-1]), key=lambda state: state["iter_num"])
+
+
+def _states(paths: list[Path]) -> Iterator[dict]:
+    """Loads one after the other, and passes over those that are damaged: with a warning, so long as another serves."""
+    problems, serves = [], False
+    for path in paths:
         try:
             state = load(path)
         except UserError as error:
             problems += error.problems
             continue
         _tell(problems)
-        return state
-    raise UserError(*problems)
-
-
-def load_furthest(out_dir: str) -> dict:
-    """The loaded checkpoint that is furthest on: last.pt, unless nanoGPT has carried ckpt.pt on since."""
-    states, problems = [], []
-    for path in reversed(_existing(out_dir)):
-        try:
-            states.append(load(path))
-        except UserError as error:
-            problems += error.problems
-    if not states:
+        problems, serves = [], True
+        yield state
+    if not serves:
         raise UserError(*problems)
     _tell(problems)
-    return max(states, key=lambda state: state["iter_num"])
 
 
 def _tell(problems: list[str]) -> None:
@@ -291,8 +288,6 @@ def load(path: Path) -> dict:
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values; it was not loaded") from error
     except Exception as error:  # a broken pickle raises anything
         raise UserError(f"{path} can't be read; is it truncated? ({str(error)[:300]})") from error
-    if isinstance(state, dict) and path.name == "plain.pt":
-        state.setdefault("model", {})
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of a GPT: it has no 'model'")
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
@@ -398,12 +393,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
             raise ValueError("its groups hold other numbers of parameters")
         if len(set(order)) < len(order):
             raise ValueError("two of its parameters are one")
-        kinds = [group.get("kind") for group in own for _ in group["params"]]
+        keys = [_moments(group) for group in own for _ in group["params"]]
         state = {}
-        for index, (old, kind, parameter) in enumerate(zip(order, kinds, parameters, strict=True)):
+        for index, (old, names, parameter) in enumerate(zip(order, keys, parameters, strict=True)):
             if old in saved["state"]:
                 moments = saved["state"][old]
-                names = ("momentum_buffer",) if kind == "muon" else ("step", "exp_avg", "exp_avg_sq")
                 state[index] = {n: moments[n] if n == "step" else _fitted(moments[n], parameter) for n in names}
                 if state[index].get("step", torch.zeros(())).numel() != 1:
                     raise ValueError("a count of steps is no single number")
@@ -412,6 +406,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
         optimizer.load_state_dict({"state": state, "param_groups": own})
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint['path']}: its optimizer does not fit this model ({error})") from error
+
+
+def _moments(group: dict) -> tuple[str, ...]:
+    """What the optimizer keeps of each parameter of a group."""
+    return ("momentum_buffer",) if group.get("kind") == "muon" else ("step", "exp_avg", "exp_avg_sq")
 
 
 def _fitted(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

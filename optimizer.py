@@ -91,12 +91,13 @@ def muon(
     momentum: float,
     betas: tuple[float, float],
     weight_decay: float,
-    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Muon:
     """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors.
 
     rates: 'matrix', 'embedding', 'head', 'vector'. Those of embedding and head are meant for a width of RATES_WIDTH.
-    dtype: of the Newton-Schulz steps; bfloat16 is what the records compute in. Every parameter is in exactly one group.
+    compute_dtype: the run's; Newton-Schulz takes bfloat16 with it, as the records do, and float32 else. Every parameter
+    is in exactly one group.
     """
     c, transformer = model.config, model.transformer
     by_width = math.sqrt(RATES_WIDTH / c.n_embd)
@@ -120,7 +121,7 @@ def muon(
         groups.append(adamw | {"params": [model.lm_head.weight], "lr": rates["head"] * by_width})
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "each parameter belongs in exactly one group"
-    return Muon(groups, dtype)
+    return Muon(groups, torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32)
 
 
 def multipliers(text: str) -> dict[str, float]:

@@ -73,7 +73,7 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
     try:
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun's store outlives its restarts, and with it the addresses of processes that are gone
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(f"attempt {attempt()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"backend={backend} could not start: {error}") from error
@@ -182,9 +182,9 @@ def launch_id() -> str:
     return run_id if run_id != "none" else f"process {os.getppid()}"
 
 
-def is_restart() -> bool:
-    """Whether torchrun has started this process in place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def attempt() -> int:
+    """How often torchrun has restarted the workers: above 0, this process is in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextlib.contextmanager

@@ -169,8 +169,7 @@ def make_optimizer(model: GPT, place: torch.device, compute_dtype: torch.dtype) 
         updater = model.configure_optimizers(weight_decay, learning_rate, betas, place.type)
     else:
         rates = {"matrix": muon_lr, "embedding": embedding_lr, "head": head_lr, "vector": learning_rate}
-        newton_schulz = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-        updater = optimizers.muon(model, rates, muon_momentum, betas, weight_decay, newton_schulz)
+        updater = optimizers.muon(model, rates, muon_momentum, betas, weight_decay, compute_dtype)
     optimizers.refine(updater, model, optimizers.multipliers(lr_multipliers), no_decay)
     return updater
 
@@ -326,7 +325,7 @@ def main() -> None:
         runtime.lost_ranks_named(processes),
         checkpoint.claimed(out_dir) if is_writing else contextlib.nullcontext(),
     ):
-        restarted = runtime.any_of(runtime.is_restart(), place)
+        restarted = runtime.any_of(runtime.attempt() > 0, place)
         if is_writing and not restarted:
             checkpoint.forget_launch(out_dir)
         if restarted and init_from != "resume":
