@@ -1,17 +1,219 @@
-"""From raw text to a data set on disk: what the data/<name>/prepare.py scripts share. dataset.py reads the result."""
+"""From documents to a data set on disk: what the data/<name>/prepare.py scripts share. dataset.py reads the result.
 
-import http.client
+Files hold documents. A document, or a passage of a long text file, is held out for validation or not, by a hash of what
+it says, so that no other file has a say in it. Threads turn the pieces into ids; one writer puts them on disk in the
+order in which they were read. So the result does not depend on the number of threads, and memory holds a few pieces.
+Every few seconds the place is noted that all on disk stems from: a preparation that was killed goes on there.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import pickle
-import shutil
-import urllib.request
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+from tqdm import tqdm
 
-from configurator import UserError
-from tokenizer import Tokenizer, decode_text
+import download
+import files
+from configurator import UserError, check
+from documents import PASSAGE, files_of, is_held_out, needs, pieces_of
+from tokenizer import (
+    END_OF_TEXT,
+    PATTERNS,
+    SPECIALS,
+    BPETokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    decode_text,
+    from_data,
+)
+
+SPLITS = ("train", "val")
+TOKENIZERS = ("char", "byte", "gpt2", "bpe")
+PASSAGES_OF_A_FILE = 256  # at the least, where one text file is all there is
+BATCH_CHARS = 2**19  # what a thread encodes at a time
+BPE_VOCABULARY = 8192
+SAVE_SECONDS = 5.0  # between two notes of the place
+TRAINING_CHARS = 10**9  # that a BPE is trained on, at the most
+REPORT_CHARS = 2**22  # held-out text that tokenizers are compared on
+NOTE = "prepare.json"  # the place, in the data set's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How documents become a data set."""
+
+    tokenizer: str = "gpt2"  # char, byte, gpt2 or bpe
+    vocab_size: int = 0  # of bpe; 0 is BPE_VOCABULARY
+    pattern: str = "gpt4"  # of bpe
+    field: str = "text"  # of .jsonl and .parquet
+    val_share: float = 0.1
+    shard_tokens: int = 10**8
+    workers: int = 0  # 0: as many as there are cores
+
+    def problems(self) -> list[str]:
+        """One line for everything that is wrong."""
+        least = 256 + len(SPECIALS)
+        rules = [
+            (self.tokenizer in TOKENIZERS, f"tokenizer must be {', '.join(TOKENIZERS)}, not {self.tokenizer!r}"),
+            (
+                self.vocab_size == 0 or least <= self.vocab_size < 2**24,
+                f"vocab_size must be at least {least} (256 bytes, {len(SPECIALS)} special tokens), and no giant, "
+                f"not {self.vocab_size}",
+            ),
+            (self.vocab_size == 0 or self.tokenizer == "bpe", f"vocab_size is of bpe, not of {self.tokenizer}"),
+            (self.pattern in PATTERNS, f"pattern must be {' or '.join(PATTERNS)}, not {self.pattern!r}"),
+            (0 < self.val_share < 1, f"val_share must be between 0 and 1, not {self.val_share}"),
+            (self.shard_tokens >= 1, f"shard_tokens must be at least 1, not {self.shard_tokens}"),
+            (0 <= self.workers < 2**10, f"workers must be 0 (one a core) or a number of threads, not {self.workers}"),
+        ]
+        return [line for holds, line in rules if not holds]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class Shards:
+    """The .bin files of a data set while they are written: {split}_{number}.bin.tmp, of shard_tokens each.
+
+    `counts` tells how many tokens, bytes of text and documents a split holds so far.
+    """
+
+    def __init__(self, folder: Path, dtype: str, shard_tokens: int, counts: dict | None = None):
+        """With the counts of an earlier one it goes on where that was. Raises UserError where its files are gone."""
+        self.folder, self.dtype, self.shard_tokens = folder, np.dtype(dtype).newbyteorder("<"), shard_tokens
+        self.counts = counts or {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+        self._files: dict[str, IO[bytes]] = {}
+        kept = set()
+        for split in SPLITS:
+            full, rest = divmod(self.counts[split]["tokens"], shard_tokens)
+            for number in range(full + (rest > 0)):
+                path, size = self._path(split, number), (shard_tokens if number < full else rest) * self.dtype.itemsize
+                kept.add(path)
+                if not path.is_file() or path.stat().st_size < size:
+                    raise UserError(f"{path} does not hold what was written there")
+                os.truncate(path, size)  # what came after the last note comes again
+        for path in itertools.chain(*(folder.glob(f"{split}_*.bin.tmp") for split in SPLITS)):
+            if path not in kept:
+                path.unlink()
+
+    def _path(self, split: str, number: int) -> Path:
+        return self.folder / f"{split}_{number:06d}.bin.tmp"
+
+    def write(self, split: str, ids: np.ndarray) -> None:
+        while len(ids):
+            number, filled = divmod(self.counts[split]["tokens"], self.shard_tokens)
+            if split not in self._files:
+                self._files[split] = open(self._path(split, number), "ab")  # noqa: SIM115 - open until it is full
+            part, ids = ids[: self.shard_tokens - filled], ids[self.shard_tokens - filled :]
+            self._files[split].write(part.astype(self.dtype).tobytes())
+            self.counts[split]["tokens"] += len(part)
+            if filled + len(part) == self.shard_tokens:
+                self.sync()
+                self._files.pop(split).close()
+
+    def sync(self) -> None:
+        """What was written reaches the disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def names(self) -> dict[str, str]:
+        """What the files are called now, and at the end: train.bin where there is but one."""
+        names = {}
+        for split in SPLITS:
+            shards = -(-self.counts[split]["tokens"] // self.shard_tokens)
+            for number in range(shards):
+                path = self._path(split, number)
+                names[path.name] = f"{split}.bin" if shards == 1 else path.name.removesuffix(".tmp")
+        return names
+
+
+def write_dataset(folder: Path, splits: dict[str, list[int]], tokenizer: Tokenizer) -> None:
+    """Writes {train,val}.bin and meta.json for token ids by split, in an order that leaves nothing half-finished."""
+    with _disk_errors(folder):
+        shards = Shards(folder, _dtype(tokenizer), max(map(len, splits.values())) + 1)
+        for split, ids in splits.items():
+            shards.write(split, np.array(ids, dtype=np.uint32))
+        _publish(folder, shards, tokenizer)
+        _tell(shards.counts)
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+def _publish(folder: Path, shards: Shards, tokenizer: Tokenizer, note: dict | None = None) -> None:
+    """Gives the shards, and what describes them, their final names. Until all is on disk, what was there stays."""
+    if empty := [split for split in SPLITS if not shards.counts[split]["tokens"]]:
+        shards.close()
+        raise UserError(
+            f"the text is too short: nothing is left for {' and '.join(empty)}"
+            + (": raise val_share" if note and empty == ["val"] else "")
+        )
+    meta = {"vocab_size": tokenizer.vocab_size, "dtype": _dtype(tokenizer), "tokenizer": tokenizer.to_data()}
+    keys = ("tokens", "bytes", "documents") if note else ("tokens",)
+    meta |= {key: {split: shards.counts[split][key] for split in SPLITS} for key in keys}
+    contents = {"meta.json": json.dumps(meta).encode()}
+    if isinstance(tokenizer, CharTokenizer):  # what nanoGPT's own sample.py looks for
+        names = dict(enumerate([*tokenizer.chars, *tokenizer.specials]))
+        ids = {char: i for i, char in enumerate(tokenizer.chars)}
+        contents["meta.pkl"] = pickle.dumps({"vocab_size": tokenizer.vocab_size, "itos": names, "stoi": ids})
+    for name, content in contents.items():
+        files.write_through(folder / f"{name}.tmp", content)
+    shards.sync()
+    shards.close()
+    names = {f"{name}.tmp": name for name in contents} | shards.names()
+    if note:
+        files.write(folder / NOTE, json.dumps({**note, "publish": names}).encode())
+    _rename(folder, names)
+
+
+def _rename(folder: Path, names: dict[str, str]) -> None:
+    """Puts new files in place of the old ones, as far as it is not done yet.
+
+    Training's go first and come last: without them a folder counts as not prepared.
+    """
+    if all((folder / name).exists() for name in names):  # of those to come, none is in its place
+        for split in SPLITS:
+            for old in [folder / f"{split}.bin", *folder.glob(f"{split}_*.bin"), folder / "meta.pkl"]:
+                old.unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: (name.startswith("train"), name)):
+        if (folder / name).exists():
+            files.replace(folder / name, folder / names[name])
+    (folder / NOTE).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be written: {error.strerror or error}; run it again when it can, and it goes on"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From one to the other
 
 
 def read_source(source: str, url: str, folder: Path) -> str:
@@ -21,52 +223,247 @@ def read_source(source: str, url: str, folder: Path) -> str:
     """
     path = Path(source or folder / "input.txt")
     if not source and not path.exists():
-        partial = path.with_name("input.txt.tmp")
-        try:
-            with urllib.request.urlopen(url, timeout=60) as reply, open(partial, "wb") as file:
-                shutil.copyfileobj(reply, file)
-                if file.tell() != int(reply.headers.get("Content-Length", file.tell())):
-                    raise OSError("the connection broke off")
-            os.replace(partial, path)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"{url} can't be downloaded ({error}); with a copy at hand, use --source=FILE") from error
+        download.fetch(url, path, otherwise="with a copy at hand, use --source=FILE")
     try:
         return decode_text(path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def write_dataset(folder: Path, splits: dict[str, list[int]], tokenizer: Tokenizer) -> None:
-    """Writes {train,val}.bin and meta.json for token ids by split, in an order that leaves nothing half-finished.
+def prepare(
+    folder: Path,
+    source: str,
+    recipe: Recipe,
+    fetched: Callable[[], list[Path]] | None = None,
+    validation: str = "",
+) -> None:
+    """Makes `folder` a data set of what `source` names, or, where that is empty, of the files that `fetched` returns.
 
-    All is written under other names first. train.bin, without which a folder counts as not prepared, goes first and
-    comes last.
+    validation: if files have this in their names, what they hold is held out, in place of a share of all. Raises
+    UserError for all that is wrong with the recipe, and for sources that can't be read.
     """
-    if empty := [split for split, ids in splits.items() if not ids]:
-        raise UserError(f"the text is too short: nothing is left for {' and '.join(empty)}")
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    meta = {
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype,
-        "tokens": {split: len(ids) for split, ids in splits.items()},
-        "tokenizer": tokenizer.to_data(),
-    }
-    contents = {f"{split}.bin": np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")) for split, ids in splits.items()}
-    contents["meta.json"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-    if meta["tokenizer"]["type"] == "char":  # what nanoGPT's own sample.py looks for
-        chars = tokenizer.chars
-        theirs = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
-        contents["meta.pkl"] = np.frombuffer(pickle.dumps(theirs), dtype=np.uint8)
+    paths = []
+    if by_source := bool(source) or fetched is None:
+        check([(False, line) for line in recipe.problems()], [lambda: paths.extend(files_of(source))])
+    else:
+        check([(False, line) for line in recipe.problems()])
     try:
-        for name, content in contents.items():
-            with open(folder / f"{name}.tmp", "wb") as file:
-                content.tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
-        (folder / "train.bin").unlink(missing_ok=True)
-        for name in sorted(contents, key=lambda name: name == "train.bin"):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
-    for split, ids in splits.items():
-        print(f"{split} has {len(ids):,} tokens")
+        raise UserError(f"{folder} can't be made: {error.strerror}") from error
+    with files.claimed(folder, "preparation"):
+        Preparation(folder, paths if by_source else fetched(), recipe, validation).run()
+
+
+class Preparation:
+    """One way from files to a data set, or the rest of a way that was begun."""
+
+    def __init__(self, folder: Path, paths: list[Path], recipe: Recipe, validation: str):
+        self.folder, self.paths, self.recipe = folder, paths, recipe
+        self.validation = {path for path in paths if validation and validation in path.name}
+        self.stamps = [_stamp(path) for path in paths]
+        self.sizes = [size for size, _ in self.stamps]
+        self.ends = [0, *itertools.accumulate(self.sizes)]
+        self.passage = PASSAGE
+        if len(paths) == 1:
+            self.passage = max(1, min(PASSAGE, self.sizes[0] // PASSAGES_OF_A_FILE))
+        self.workers = recipe.workers or _cores()
+        told = [dataclasses.asdict(dataclasses.replace(recipe, workers=0))]
+        told += [validation, [str(path) for path in paths], self.stamps]
+        self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def run(self) -> None:
+        with _disk_errors(self.folder):
+            note = self._noted()
+            if "publish" in note:
+                _rename(self.folder, note["publish"])
+                _tell(note["counts"])
+                return
+            tokenizer = from_data(note["tokenizer"]) if note else self.make_tokenizer()
+            try:
+                shards = Shards(self.folder, _dtype(tokenizer), self.recipe.shard_tokens, note.get("counts"))
+            except UserError as problem:
+                print(f"note: {problem}: beginning anew", file=sys.stderr)
+                note, shards = {}, Shards(self.folder, _dtype(tokenizer), self.recipe.shard_tokens)
+            note = note or {
+                "identity": self.identity,
+                "tokenizer": tokenizer.to_data(),
+                "place": {"file": 0, "piece": 0, "open": None, "read": 0},
+                "counts": shards.counts,
+            }
+            if note["place"]["read"]:
+                print(f"going on at {note['place']['read'] / max(1, self.ends[-1]):.0%} of the text")
+            try:
+                self._encode_all(tokenizer, shards, note)
+                self._check_unchanged()
+                _publish(self.folder, shards, tokenizer, note)
+            finally:
+                shards.close()
+            _tell(shards.counts)
+
+    def _noted(self) -> dict:
+        """The note of an earlier, unfinished preparation of the same files by the same recipe; else nothing."""
+        try:
+            note = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
+            return note if note["identity"] == self.identity else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _check_unchanged(self) -> None:
+        for path, stamp in zip(self.paths, self.stamps, strict=True):
+            if _stamp(path) != stamp:
+                raise UserError(f"{path} was changed while it was read: run it again")
+
+    def make_tokenizer(self) -> Tokenizer:
+        """The recipe's tokenizer, made of the text where it is of that kind."""
+        if self.recipe.tokenizer == "gpt2":
+            return GPT2Tokenizer()
+        if self.recipe.tokenizer == "byte":
+            return BPETokenizer([], self.recipe.pattern)
+        if self.recipe.tokenizer == "char":
+            chars = set()
+            with self._bar("reading", 0) as bar:
+                for _, _, text, _, place in self._pieces({"file": 0, "piece": 0}):
+                    chars.update(text)
+                    _move(bar, place)
+            if not chars:
+                raise UserError("there is no text: the files are empty")
+            return CharTokenizer(sorted(chars), [END_OF_TEXT])
+        needs("tokenizers", "training a tokenizer")
+        began, sample, seen = time.perf_counter(), [], {"train": 0, "val": 0}
+        texts, size = self._training_texts(seen, sample), self.recipe.vocab_size or BPE_VOCABULARY
+        tokenizer = BPETokenizer.train(texts, size, self.recipe.pattern)
+        seconds = time.perf_counter() - began
+        print(f"trained {tokenizer.vocab_size:,} tokens on {seen['train']:,} characters in {seconds:.1f} s")
+        _compare(tokenizer, sample)
+        return tokenizer
+
+    def _training_texts(self, seen: dict[str, int], sample: list[str]) -> Iterator[str]:
+        """What is not held out, up to TRAINING_CHARS, from all files alike; puts some of the rest into `sample`."""
+        with self._bar("training a tokenizer", 0) as bar:
+            for number in range(len(self.paths)):
+                budget = seen["train"] + (TRAINING_CHARS - seen["train"]) // (len(self.paths) - number)
+                for _, split, text, _, place in self._pieces({"file": number, "piece": 0}, number + 1):
+                    if seen["train"] >= budget:
+                        break
+                    if split == "train":
+                        yield text
+                    elif seen["val"] < REPORT_CHARS:
+                        sample.append(text)
+                    seen[split] += len(text)
+                    _move(bar, place)
+                _move(bar, self.ends[number + 1])
+
+    def _pieces(self, place: dict, end: int | None = None) -> Iterator[tuple[tuple[int, int], str, str, tuple, int]]:
+        """From `place` on: ((file, piece), split, text, (bytes of it, whether a document ends), bytes read of all)."""
+        for number in range(place["file"], len(self.paths) if end is None else end):
+            path, first = self.paths[number], place["piece"] if number == place["file"] else 0
+            pieces = itertools.islice(pieces_of(path, self.recipe.field, self.passage), first, None)
+            for n, piece in enumerate(pieces, first):
+                text = piece.text
+                try:
+                    data = text.encode()
+                except UnicodeEncodeError:  # half a pair of UTF-16, which JSON can hold
+                    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                    data = text.encode()
+                read = self.ends[number] + min(piece.place, self.sizes[number])
+                held_out = path in self.validation if self.validation else is_held_out(data, self.recipe.val_share)
+                split = "val" if held_out else "train"
+                yield (number, n), split, text, (len(data), piece.is_end), read
+
+    def _batches(self, place: dict) -> Iterator[tuple[list[tuple[str, str, int, bool]], dict]]:
+        """What a thread encodes at once: (split, text, its bytes, whether a document ends), and the place behind it."""
+        batch, chars, begun = [], 0, place["open"]  # the split of a document that has not ended
+        for (number, n), split, text, (size, is_end), read in self._pieces(place):
+            if begun not in (None, split):  # it goes on in the other split, and is over in this one
+                batch.append((begun, "", 0, True))
+            batch.append((split, text, size, is_end))
+            begun, chars = None if is_end else split, chars + len(text)
+            if chars >= BATCH_CHARS:
+                yield batch, {"file": number, "piece": n + 1, "open": begun, "read": read}
+                batch, chars = [], 0
+        yield batch, {"file": len(self.paths), "piece": 0, "open": None, "read": self.ends[-1]}
+
+    def _encode_all(self, tokenizer: Tokenizer, shards: Shards, note: dict) -> None:
+        """Writes all that is behind note["place"], and moves the note along."""
+        saved, pending = time.monotonic(), collections.deque()
+        with self._bar("encoding", note["place"]["read"]) as bar, ThreadPoolExecutor(self.workers) as pool:
+
+            def write_first() -> None:
+                nonlocal saved
+                encoded, batch, place = pending.popleft()
+                for split, ids in encoded.result().items():
+                    shards.write(split, ids)
+                for split, _, size, is_end in batch:
+                    shards.counts[split]["bytes"] += size
+                    shards.counts[split]["documents"] += is_end
+                note["place"] = place
+                _move(bar, place["read"])
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    shards.sync()
+                    files.write(self.folder / NOTE, json.dumps(note).encode())
+                    saved = time.monotonic()
+
+            for batch, place in self._batches(note["place"]):
+                pending.append((pool.submit(_encoded, tokenizer, batch), batch, place))
+                if len(pending) > 2 * self.workers:
+                    write_first()
+            while pending:
+                write_first()
+
+    def _bar(self, what: str, read: int) -> tqdm:
+        show = sys.stderr.isatty()
+        how = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "disable": not show}
+        return tqdm(desc=what, total=self.ends[-1], initial=read, **how)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """The size, and the time of the last change; nothing of either for a file that is gone."""
+    try:
+        return path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return 0, 0
+
+
+def _move(bar: tqdm, place: int) -> None:
+    bar.update(place - bar.n)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _encoded(tokenizer: Tokenizer, batch: list[tuple[str, str, int, bool]]) -> dict[str, np.ndarray]:
+    """The ids of a batch by split, <|endoftext|> after each document."""
+    parts, end = {split: [] for split in SPLITS}, np.array([tokenizer.specials[END_OF_TEXT]], dtype=np.uint32)
+    for split, text, _, is_end in batch:
+        if text:
+            parts[split].append(tokenizer.encode_to_numpy(text))
+        if is_end:
+            parts[split].append(end)
+    return {split: np.concatenate(ids) for split, ids in parts.items() if ids}
+
+
+def _compare(tokenizer: Tokenizer, sample: list[str]) -> None:
+    """Prints how many bytes a token stands for, beside GPT-2's, on text that neither was trained on."""
+    size = sum(len(text.encode()) for text in sample)
+    if not size:
+        return
+
+    def bytes_a_token(its: Tokenizer) -> float:
+        return size / sum(len(its.encode_to_numpy(text)) for text in sample)
+
+    line = f"on {size:,} bytes held out: {bytes_a_token(tokenizer):.3f} bytes a token"
+    try:
+        gpt2 = GPT2Tokenizer()
+        line += f"; GPT-2's {gpt2.vocab_size:,} tokens: {bytes_a_token(gpt2):.3f}"
+    except UserError as problem:
+        line += f" (no comparison with GPT-2's tokens: {problem})"
+    print(line)
+
+
+def _tell(counts: dict[str, dict[str, int]]) -> None:
+    for split, its in counts.items():
+        print(f"{split} has {its['tokens']:,} tokens", end="")
+        more = f": {its['documents']:,} documents, {its['bytes'] / its['tokens']:.2f} bytes a token"
+        print(more if its["documents"] else "")

@@ -2,21 +2,42 @@
 
 {"type": "char", "chars": ["\\n", " ", "!", ...]}   one id a character, in this order
 {"type": "gpt2"}                                   GPT-2's byte-level BPE, by the tiktoken package
+{"type": "bpe", "pattern": "gpt4", "tokens": ["th", " a", ...]}
+    a byte-level BPE of one's own: ids 0 to 255 are the bytes, then come these tokens in the order in which they merge,
+    each byte written as the character of that number; without any it is a tokenizer of bytes
+
+"specials": ["<|endoftext|>", ...] may stand in the first and in the last; these have the ids after all others.
 """
 
 import codecs
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from configurator import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIALS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # of a BPE that is trained here; two wait for chats (ChatML)
+# How text is split before bytes are merged, in GPT-2 and in GPT-4 (OpenAI's tiktoken, cl100k_base).
+PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
+    r"""|\s+(?!\S)|\s+""",
+}
 
 
 class CharTokenizer:
     """One token a character. `chars` lists the characters by id; an id without one holds None."""
 
-    def __init__(self, chars: Sequence[str | None]):
+    def __init__(self, chars: Sequence[str | None], specials: Sequence[str] = ()):
         self.chars = list(chars)
-        self.vocab_size = len(self.chars)
+        self.specials = {name: len(self.chars) + i for i, name in enumerate(specials)}
+        self.vocab_size = len(self.chars) + len(self.specials)
+        self._names = [*self.chars, *self.specials]
         self._ids = {char: i for i, char in enumerate(self.chars) if char is not None}
+        self._table = np.full(max(map(ord, self._ids), default=0) + 2, -1, dtype=np.int32)  # the last one: no character
+        self._table[[ord(char) for char in self._ids]] = list(self._ids.values())
 
     @classmethod
     def train(cls, text: str) -> "CharTokenizer":
@@ -24,51 +45,117 @@ class CharTokenizer:
         return cls(sorted(set(text)))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Raises UserError that names the characters which have no id. There are no special tokens."""
-        try:
-            return [self._ids[char] for char in text]
-        except KeyError:
+        """With `special`, as in a prompt, <|endoftext|> becomes its one id, if it has one; else it is text.
+
+        Raises UserError that names the characters which have no id.
+        """
+        if special and self.specials:
+            parts = re.split(f"({'|'.join(map(re.escape, self.specials))})", text)
+            return [
+                i for part in parts for i in ([self.specials[part]] if part in self.specials else self.encode(part))
+            ]
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """As encode, without special tokens; int32."""
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        ids = self._table[np.minimum(points, len(self._table) - 1)]
+        if (ids < 0).any():
             missing = " ".join(repr(char) for char in sorted(set(text) - self._ids.keys()))
-            raise UserError(
-                f"the tokenizer knows {len(self._ids)} characters, and these are not among them: {missing}"
-            ) from None
+            raise UserError(f"the tokenizer knows {len(self._ids)} characters, and these are not among them: {missing}")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.chars[i] or "" for i in ids)
+        return "".join(self._names[i] or "" for i in ids)
 
     def token_bytes(self, i: int) -> bytes:
-        return (self.chars[i] or "").encode("utf-8", "surrogatepass")
+        return (self._names[i] or "").encode("utf-8", "surrogatepass")
 
     def can_write(self, text: str) -> bool:
+        for name in self.specials:
+            text = text.replace(name, "")
         return set(text) <= self._ids.keys()
 
     def to_data(self) -> dict:
-        return {"type": "char", "chars": self.chars}
+        return {"type": "char", "chars": self.chars, **({"specials": [*self.specials]} if self.specials else {})}
 
 
-class GPT2Tokenizer:
-    """GPT-2's 50,257 byte pairs. tiktoken fetches them once, and finds them again in TIKTOKEN_CACHE_DIR."""
+class BPETokenizer:
+    """Byte pairs, merged by the tiktoken package. Any text and any bytes have ids, and come back as they were."""
 
-    vocab_size = 50257
-
-    def __init__(self):
+    def __init__(self, tokens: Sequence[bytes], pattern: str, specials: Sequence[str] = SPECIALS):
+        """tokens: what the merges make, in their order, without the 256 bytes. pattern: one of PATTERNS."""
         import tiktoken
 
-        try:
-            self._bpe = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # whatever the network, a proxy or a broken cache raises
+        self._data = {
+            "type": "bpe",
+            "pattern": pattern,
+            "tokens": [token.decode("latin-1") for token in tokens],
+            "specials": list(specials),
+        }
+        ranks = {token: i for i, token in enumerate([*(bytes([byte]) for byte in range(256)), *tokens])}
+        self.specials = {name: len(ranks) + i for i, name in enumerate(specials)}
+        self.vocab_size = len(ranks) + len(self.specials)
+        self._bpe = tiktoken.Encoding(
+            "bpe", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=self.specials
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str) -> "BPETokenizer":
+        """Merges the pairs that are most frequent in `texts` until there are vocab_size tokens, special ones included.
+
+        The same texts give the same tokens. Training is the tokenizers package's (the extra `data`). Raises UserError
+        where the texts hold too few pairs.
+        """
+        import tokenizers
+        from tokenizers import models, pre_tokenizers, trainers
+
+        room = vocab_size - len(SPECIALS)
+        by_pattern = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[pattern]), "isolated")
+        shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # each byte as a printable character
+        trainee = tokenizers.Tokenizer(models.BPE())
+        trainee.pre_tokenizer = pre_tokenizers.Sequence([by_pattern, shown])
+        trainer = trainers.BpeTrainer(
+            vocab_size=room, initial_alphabet=shown.alphabet(), show_progress=False, special_tokens=[]
+        )
+        trainee.train_from_iterator(texts, trainer)
+        vocab = trainee.get_vocab()
+        if len(vocab) < room:
             raise UserError(
-                f"tiktoken could not fetch GPT-2's tokens ({type(error).__name__}): go online once, or set "
-                "TIKTOKEN_CACHE_DIR to a folder that holds them"
-            ) from error
+                f"vocab_size={vocab_size} is more than this text allows: it has pairs for "
+                f"{len(vocab) + len(SPECIALS)} tokens"
+            )
+        byte_of = _printable_bytes()
+        tokens = [bytes(byte_of[char] for char in token) for token in sorted(vocab, key=vocab.__getitem__)]
+        return cls([token for token in tokens if len(token) > 1], pattern)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """With `special`, as in a prompt, <|endoftext|> becomes its one id; else it is text like any other."""
-        return self._bpe.encode(text, allowed_special={"<|endoftext|>"}) if special else self._bpe.encode_ordinary(text)
+        """With `special`, as in a prompt, the names of special tokens become their ids; else they are text."""
+        return (
+            self._bpe.encode(text, allowed_special=set(self.specials)) if special else self._bpe.encode_ordinary(text)
+        )
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """As encode, without special tokens; uint32. Other threads can run meanwhile."""
+        return self._bpe.encode_to_numpy(text, disallowed_special=())
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of any bytes. What is no UTF-8 is encoded byte by byte."""
+        parts = re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape"))
+        encoded = [
+            self._bpe.encode_ordinary(part)
+            if n % 2 == 0
+            else [self._bpe.encode_single_token(bytes([ord(part) - 0xDC00]))]
+            for n, part in enumerate(parts)
+        ]
+        return [i for ids in encoded for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Invalid UTF-8 shows as U+FFFD; a character whose last bytes are still to come is left out."""
-        return codecs.getincrementaldecoder("utf-8")("replace").decode(self._bpe.decode_bytes(list(ids)))
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(self.decode_bytes(ids))
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self._bpe.decode_bytes(list(ids))
 
     def token_bytes(self, i: int) -> bytes:
         return self._bpe.decode_single_token_bytes(i)
@@ -77,10 +164,36 @@ class GPT2Tokenizer:
         return True
 
     def to_data(self) -> dict:
-        return {"type": "gpt2"}
+        return self._data
 
 
-Tokenizer = CharTokenizer | GPT2Tokenizer
+class GPT2Tokenizer(BPETokenizer):
+    """GPT-2's 50,257 byte pairs. tiktoken fetches them once, and finds them again in TIKTOKEN_CACHE_DIR."""
+
+    vocab_size = 50257
+
+    def __init__(self):
+        import tiktoken
+
+        self._data, self.specials = {"type": "gpt2"}, {END_OF_TEXT: self.vocab_size - 1}
+        try:
+            self._bpe = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network, a proxy or a broken cache raises
+            raise UserError(
+                f"tiktoken could not fetch GPT-2's tokens ({type(error).__name__}): go online once, or set "
+                "TIKTOKEN_CACHE_DIR to a folder that holds them"
+            ) from error
+
+
+Tokenizer = CharTokenizer | BPETokenizer
+
+
+def _printable_bytes() -> dict[str, int]:
+    """The byte that each character of GPT-2's printable alphabet stands for: printable ones of Latin-1 are themselves,
+    the rest are numbered on from 256."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(moved)}
 
 
 class TextStream:
@@ -126,8 +239,22 @@ def check_data(data: object, vocab_size: int | None = None) -> None:
         size, chars = len(data["chars"]), [char for char in data["chars"] if char is not None]
         if not all(isinstance(char, str) and len(char) == 1 for char in chars) or len(set(chars)) < len(chars):
             raise UserError("the tokenizer's chars are not single characters, each of them once")
+    elif kind == "bpe" and data.get("pattern") in [*PATTERNS] and isinstance(data.get("tokens"), list):
+        size, tokens = 256 + len(data["tokens"]), data["tokens"]
+        if not all(isinstance(t, str) and len(t) > 1 and max(t) < "\u0100" for t in tokens) or len(set(tokens)) < len(
+            tokens
+        ):
+            raise UserError("the tokenizer's tokens are not strings of two bytes and more, each of them once")
     else:
         raise UserError(f"the data describes no tokenizer that is known here (type {kind!r})")
+    if kind != "gpt2":
+        specials = data.get("specials", [])
+        named = isinstance(specials, list) and all(isinstance(name, str) and len(name) > 1 for name in specials)
+        if not named or len(set(specials)) < len(specials):
+            raise UserError(
+                "the tokenizer's special tokens are not names of two characters and more, each of them once"
+            )
+        size += len(specials)
     if vocab_size is not None and size > vocab_size:
         raise UserError(f"the tokenizer has {size} tokens, and the vocabulary only {vocab_size}")
 
@@ -135,7 +262,13 @@ def check_data(data: object, vocab_size: int | None = None) -> None:
 def from_data(data: dict) -> Tokenizer:
     """The tokenizer that `to_data` described. Raises UserError for data that describes none."""
     check_data(data)
-    return GPT2Tokenizer() if data["type"] == "gpt2" else CharTokenizer(data["chars"])
+    if data["type"] == "gpt2":
+        return GPT2Tokenizer()
+    if data["type"] == "char":
+        return CharTokenizer(data["chars"], data.get("specials", []))
+    return BPETokenizer(
+        [token.encode("latin-1") for token in data["tokens"]], data["pattern"], data.get("specials", [])
+    )
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -1,15 +1,25 @@
+import hashlib
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import corpus
 import dataset
+import documents
+import files
 from configurator import UserError
+from corpus import Recipe, prepare
 from dataset import Split
-from tokenizer import CharTokenizer
+from tokenizer import END_OF_TEXT, CharTokenizer, from_data
 
 
 def test_a_data_set_reads_back_as_written_here_and_by_nanogpt(tmp_path):
@@ -25,9 +35,9 @@ def test_a_data_set_reads_back_as_written_here_and_by_nanogpt(tmp_path):
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
-    """Stopped at each of its steps, over an older data set, it leaves the old one whole or none at all."""
+    """Stopped at each of its steps, over an older data set, it leaves the old one, the new one, or none at all."""
     old, new = CharTokenizer.train("ab"), CharTokenizer.train("abcd")
-    for stop_at in range(1, 12):
+    for stop_at in range(1, 16):
         folder = tmp_path / "data" / str(stop_at)
         folder.mkdir(parents=True)
         corpus.write_dataset(folder, {"train": [0, 1], "val": [1]}, old)
@@ -60,8 +70,8 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path,
             continue
         meta = dataset.load_meta(folder)
         tokens = [Split(folder, name, meta, meta["vocab_size"]).read(0, 1).tolist() for name in ("train", "val")]
-        assert tokens == ([[3], [2]] if finished else [[0], [1]])
-        assert meta["vocab_size"] == (4 if finished else 2)
+        found = (tokens, meta["vocab_size"])
+        assert found == ([[3], [2]], 4) or (not finished and found == ([[0], [1]], 2))
     assert finished, "more stops than steps: every step was stopped at"
 
 
@@ -76,9 +86,354 @@ def test_what_is_written_reaches_the_disk(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(corpus.os, "fsync", synced.append)
     corpus.write_dataset(tmp_path, {"train": [0], "val": [0]}, CharTokenizer.train("a"))
-    assert len(synced) == 4  # two splits, two meta files
+    assert len(synced) == 8  # two splits, two meta files; their names
 
 
 def test_json_meta_is_plain(tmp_path):
     corpus.write_dataset(tmp_path, {"train": [0], "val": [0]}, CharTokenizer.train("é"))
     assert json.loads((tmp_path / "meta.json").read_text())["tokenizer"] == {"type": "char", "chars": ["é"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From files to a data set
+
+
+def read_back(folder) -> dict[str, list[str]]:
+    """The documents of each split, or what of them is there."""
+    meta = dataset.load_meta(folder)
+    tokenizer, found = from_data(meta["tokenizer"]), {}
+    for name in ("train", "val"):
+        split = Split(folder, name, meta, meta["vocab_size"])
+        ids = split.read(0, len(split)).tolist()
+        texts = tokenizer.decode(ids).split(END_OF_TEXT)
+        assert texts.pop() == "" and ids.count(tokenizer.specials[END_OF_TEXT]) == len(texts)
+        found[name] = texts
+    return found
+
+
+def contents(folder) -> dict[str, str]:
+    """What is in the folder, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def stories(tmp_path) -> list[str]:
+    """300 documents in three files of two kinds in tmp_path/src."""
+    texts = [f"Story {n}.\nOnce there was{' a fox' * (n % 17)}, ä {n * n}.\n" for n in range(300)]
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:120]))
+    (tmp_path / "src" / "b.txt").write_text(END_OF_TEXT.join(texts[120:200]))
+    (tmp_path / "src" / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[200:]))
+    return texts
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "gpt2"])
+def test_documents_become_a_data_set_with_every_tokenizer(tmp_path, stories, tokenizer, request, capsys):
+    if tokenizer == "gpt2":
+        request.getfixturevalue("gpt2_bpe")
+    if tokenizer == "bpe":
+        pytest.importorskip("tokenizers")
+    out = tmp_path / "out"
+    prepare(out, str(tmp_path / "src"), Recipe(tokenizer, vocab_size=300 if tokenizer == "bpe" else 0))
+    found = read_back(out)
+    assert sorted(found["train"] + found["val"]) == sorted(stories)
+    assert found["val"] == [text for text in stories if documents.is_held_out(text.encode(), 0.1)]
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["documents"] == {split: len(texts) for split, texts in found.items()}
+    assert meta["bytes"] == {split: sum(len(text.encode()) for text in texts) for split, texts in found.items()}
+    told = capsys.readouterr().out
+    assert f"val has {meta['tokens']['val']:,} tokens: {len(found['val'])} documents" in told
+    names = {"train.bin", "val.bin", "meta.json"} | ({"meta.pkl"} if tokenizer == "char" else set())
+    assert contents(out).keys() == names
+
+
+def test_adding_files_moves_nothing_between_the_splits(tmp_path, stories):
+    prepare(tmp_path / "before", str(tmp_path / "src"), Recipe("byte"))
+    for n in range(50):
+        (tmp_path / "src" / f"{n}.txt").write_text(f"new {n}")
+    prepare(tmp_path / "after", str(tmp_path / "src"), Recipe("byte"))
+    before, after = read_back(tmp_path / "before"), read_back(tmp_path / "after")
+    assert all(set(before[split]) == set(after[split]) & set(stories) for split in ("train", "val"))
+
+
+def test_one_long_text_gives_both_splits(tmp_path):
+    """Its passages are in one of the two; neighbours stay together, and an end stands where one is taken out."""
+    lines = [f"line {n} of a long text\n" for n in range(3000)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    prepare(tmp_path / "out", str(tmp_path / "a.txt"), Recipe("char"))
+    found = read_back(tmp_path / "out")
+    both = [line for texts in found.values() for text in texts for line in text.splitlines(keepends=True)]
+    assert sorted(both) == sorted(lines)
+    assert 0.04 < len("".join(found["val"])) / len("".join(lines)) < 0.2
+    whole = "".join(lines)
+    assert all(text in whole for texts in found.values() for text in texts)
+    assert len(found["train"]) <= len(found["val"]) + 1
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers_nor_on_batches(tmp_path, stories, monkeypatch):
+    recipe, found = Recipe("bpe", 280, shard_tokens=1000), []
+    for workers, batch in ((1, 2**19), (2, 100), (7, 1000)):
+        monkeypatch.setattr(corpus, "BATCH_CHARS", batch)
+        out = tmp_path / str(workers)
+        prepare(out, str(tmp_path / "src"), recipe.__class__(**{**recipe.__dict__, "workers": workers}))
+        found.append(contents(out))
+    assert found[0] == found[1] == found[2] and len(found[0]) > 5
+    sizes = [path.stat().st_size for path in sorted(out.glob("train_*.bin"))]
+    assert set(sizes[:-1]) == {2000} and 0 < sizes[-1] <= 2000, "shards of bounded size"
+    assert "val.bin" in found[0] or "val_000000.bin" in found[0]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_any_step_a_preparation_goes_on_where_it_was(tmp_path, stories, monkeypatch, capsys):
+    """At whatever step it is stopped, over an older data set too: the next start ends in the same bytes."""
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(corpus, "SAVE_SECONDS", 0.0)
+    recipe = Recipe("char", shard_tokens=9000, workers=1)
+    prepare(tmp_path / "whole", str(tmp_path / "src"), recipe)
+    expected, stop_at, finished, went_on = contents(tmp_path / "whole"), 0, False, 0
+    while not finished:
+        stop_at += 1
+        out, steps = tmp_path / str(stop_at), []
+        if stop_at % 2:
+            out.mkdir()
+            corpus.write_dataset(out, {"train": [0, 1], "val": [1]}, CharTokenizer.train("ab"))
+
+        def step(do, steps=steps, stop_at=stop_at):
+            def wrapped(*arguments):
+                steps.append(do)
+                if len(steps) == stop_at:
+                    raise Killed
+                return do(*arguments)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for where, name in ((corpus.Shards, "write"), (os, "replace"), (files, "write_through")):
+                patch.setattr(where, name, step(getattr(where, name)))
+            try:
+                prepare(out, str(tmp_path / "src"), recipe)
+                finished = True
+            except Killed:
+                pass
+        capsys.readouterr()
+        prepare(out, str(tmp_path / "src"), recipe)
+        went_on += "going on at" in capsys.readouterr().out
+        assert contents(out) == expected, stop_at
+    assert stop_at > 25 and went_on > stop_at / 3, "more than a third of the stops came after some work"
+
+
+def test_a_killed_process_goes_on_where_it_was(tmp_path, start):
+    """SIGKILL, while it works; nothing is read as a data set before it is whole."""
+    text = "".join(f"{n} bottles and {n * n} glasses\n" for n in range(60_000))
+    (tmp_path / "a.txt").write_text(text)
+    code = "import sys, corpus; from pathlib import Path; corpus.SAVE_SECONDS, corpus.BATCH_CHARS = 0, 2000; "
+    code += "corpus.prepare(Path(sys.argv[2]), sys.argv[1], corpus.Recipe('byte', shard_tokens=100_000))"
+
+    def begin(out):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "a.txt"), str(out)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    process = begin(tmp_path / "killed")
+    note, deadline = tmp_path / "killed" / corpus.NOTE, time.monotonic() + 60
+    while not (note.exists() and json.loads(note.read_text())["place"]["read"] > 200_000):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "killed").glob("*.bin"))
+    again = begin(tmp_path / "killed")
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0 and "going on at" in out, err
+    whole = begin(tmp_path / "whole")
+    assert whole.wait(120) == 0, whole.communicate()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_another_recipe_or_another_text_begins_anew(tmp_path, stories, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 1500)
+    monkeypatch.setattr(corpus, "SAVE_SECONDS", 0.0)
+    source, write = str(tmp_path / "src"), corpus.Shards.write
+    for n, change in enumerate(("recipe", "text", "nothing")):
+        out, left = tmp_path / change, [9]
+
+        def stop(*arguments, left=left):
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+            write(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(corpus.Shards, "write", stop)
+            with pytest.raises(Killed):
+                prepare(out, source, Recipe("byte"))
+        if change == "text":
+            (tmp_path / "src" / "b.txt").write_text("changed\n" * 40)
+        capsys.readouterr()
+        prepare(out, source, Recipe("byte", val_share=0.2 if change == "recipe" else 0.1))
+        assert ("going on at" in capsys.readouterr().out) == (change == "nothing"), n
+        if change == "text":
+            assert "changed\n" * 40 in [text for texts in read_back(out).values() for text in texts]
+
+
+def test_shards_that_are_gone_begin_anew(tmp_path, stories, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 1500)
+    monkeypatch.setattr(corpus, "SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_publish", lambda *arguments: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("byte"))
+    next((tmp_path / "out").glob("train*.tmp")).unlink()
+    prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("byte"))
+    assert "beginning anew" in capsys.readouterr().err
+    assert sum(map(len, read_back(tmp_path / "out").values())) == 300
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    code = "import sys, resource, corpus; from pathlib import Path; "
+    code += "corpus.prepare(Path(sys.argv[2]), sys.argv[1], corpus.Recipe('byte', workers=2)); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = []
+    for name, count in (("small", 200_000), ("large", 1_600_000)):
+        with open(tmp_path / f"{name}.txt", "w") as file:
+            file.writelines(f"{n} bottles\n" for n in range(count))
+        command = [sys.executable, "-c", code, str(tmp_path / f"{name}.txt"), str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
+    assert (tmp_path / "large.txt").stat().st_size > 20e6
+    assert peaks[1] < peaks[0] + 12, peaks  # MiB; the text alone would take 20, its tokens 40 more
+
+
+def test_half_a_pair_of_utf16_becomes_a_replacement_character(tmp_path):
+    lines = [json.dumps({"text": f"{n} \ud83d x"}) for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepare(tmp_path / "out", str(tmp_path / "a.jsonl"), Recipe("byte"))
+    assert "7 \ufffd x" in [text for texts in read_back(tmp_path / "out").values() for text in texts]
+
+
+def test_special_tokens_in_the_text_are_text(tmp_path):
+    texts = [f"{n} <|endoftext|> <|im_start|>" for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    prepare(tmp_path / "out", str(tmp_path / "a.jsonl"), Recipe("byte"))
+    meta = dataset.load_meta(tmp_path / "out")
+    ids = Split(tmp_path / "out", "train", meta).read(0, meta["tokens"]["train"])
+    assert (ids == 256).sum() == meta["documents"]["train"] and not (ids > 256).any()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (Recipe("word"), "char, byte, gpt2, bpe"),
+        (Recipe("bpe", vocab_size=258), "at least 259"),
+        (Recipe("bpe", vocab_size=-5), "at least 259"),
+        (Recipe("gpt2", vocab_size=500), "of bpe, not of gpt2"),
+        (Recipe("bpe", pattern="gpt5"), "gpt2 or gpt4"),
+        (Recipe(val_share=0.0), "val_share"),
+        (Recipe(val_share=1.5), "val_share"),
+        (Recipe(shard_tokens=0), "shard_tokens"),
+        (Recipe(workers=-1), "workers"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_touched(tmp_path, recipe, words):
+    with pytest.raises(UserError, match=words) as problem:
+        prepare(tmp_path / "out", "nowhere", recipe)
+    assert len(problem.value.problems) == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_larger_than_the_text_allows_is_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("abc abd\n" * 500)
+    with pytest.raises(UserError, match=r"vocab_size=5000 is more than this text allows: .* for 26\d tokens"):
+        prepare(tmp_path / "out", str(tmp_path / "a.txt"), Recipe("bpe", 5000))
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
+def test_text_that_can_not_be_read_is_one_problem_and_what_was_there_stays(tmp_path, stories, tokenizer):
+    if tokenizer == "bpe":
+        pytest.importorskip("tokenizers")
+    out = tmp_path / "out"
+    prepare(out, str(tmp_path / "src"), Recipe("byte"))
+    before = contents(out)
+    for content, words in ((b"ab\xffcd", "z.txt is no UTF-8 text: byte 2"), (b"", None)):
+        (tmp_path / "src" / "z.txt").write_bytes(content)
+        if words:
+            with pytest.raises(UserError, match=words):
+                prepare(out, str(tmp_path / "src"), Recipe(tokenizer, 300 if tokenizer == "bpe" else 0))
+            assert {name: its for name, its in contents(out).items() if name in before} == before
+        else:  # among others an empty file does no harm
+            prepare(out, str(tmp_path / "src"), Recipe(tokenizer, 300 if tokenizer == "bpe" else 0))
+    (tmp_path / "empty.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="empty|too short|more than this text allows"):
+        prepare(out, str(tmp_path / "empty.txt"), Recipe(tokenizer))
+    assert sum(map(len, read_back(out).values())) == 300
+
+
+def test_nothing_held_out_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one document"}))
+    with pytest.raises(UserError, match="nothing is left for val: raise val_share"):
+        prepare(tmp_path / "out", str(tmp_path / "a.jsonl"), Recipe("byte", val_share=1e-9))
+
+
+def test_a_full_disk_is_one_problem_and_the_preparation_goes_on_later(tmp_path, stories, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 1500)
+    monkeypatch.setattr(corpus, "SAVE_SECONDS", 0.0)
+    write, left = corpus.Shards.write, [12]
+
+    def full(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus.Shards, "write", full)
+        with pytest.raises(UserError, match="No space left on device; run it again"):
+            prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("byte"))
+    prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("byte"))
+    assert "going on at" in capsys.readouterr().out
+    assert sum(map(len, read_back(tmp_path / "out").values())) == 300
+
+
+def test_a_really_full_disk_is_one_line(tmp_path, stories):
+    """/dev/full stands for the disk."""
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "meta.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("byte"))
+
+
+def test_two_preparations_in_one_folder_are_refused(tmp_path, stories):
+    (tmp_path / "out").mkdir()
+    with files.claimed(tmp_path / "out", "preparation"), pytest.raises(UserError, match="another preparation"):
+        prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("byte"))
+
+
+def test_a_source_that_changes_while_it_is_read_is_named(tmp_path, stories, monkeypatch):
+    write = corpus.Shards.write
+
+    def change(*arguments):
+        (tmp_path / "src" / "c.jsonl").write_text(json.dumps({"text": "other"}))
+        write(*arguments)
+
+    monkeypatch.setattr(corpus.Shards, "write", change)
+    with pytest.raises(UserError, match="c.jsonl was changed"):
+        prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("byte"))
+
+
+def test_a_new_data_set_leaves_nothing_of_the_old_one(tmp_path, stories):
+    out = tmp_path / "out"
+    prepare(out, str(tmp_path / "src"), Recipe("char", shard_tokens=3000))
+    assert (out / "train_000000.bin").exists() and (out / "meta.pkl").exists()
+    prepare(out, str(tmp_path / "src"), Recipe("byte"))
+    assert contents(out).keys() == {"train.bin", "val.bin", "meta.json"}
+    assert sum(map(len, read_back(out).values())) == 300

@@ -5,6 +5,7 @@ The inputs are hypothesis's, the same in every run.
 
 import ast
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -30,8 +31,9 @@ import configurator
 import optimizer as optimizers
 from configurator import UserError
 from dataset import HEADER_INTS, HEADER_MAGIC, Split, load_meta
+from documents import pieces_of
 from model import GPT, GPTConfig
-from tokenizer import check_data
+from tokenizer import check_data, from_data
 
 LONGEST = 5  # seconds that one reading may take; all take milliseconds
 WHY = "one line, what is wrong"
@@ -399,8 +401,14 @@ json_values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(letters, inner, max_size=4)),
     max_leaves=6,
 )
+names = st.lists(st.sampled_from(["ab", "ab\u0100", "th", "<|endoftext|>", "x"]), max_size=4)
 tokenizers = st.fixed_dictionaries(
-    {"type": st.sampled_from(["char", "char", "gpt2", "bpe"]), "chars": chars | json_values}
+    {"type": st.sampled_from(["char", "char", "gpt2", "bpe", "bpe"]), "chars": chars | json_values},
+    optional={
+        "pattern": st.sampled_from(["gpt4", "gpt2"]) | json_values,
+        "tokens": names | json_values,
+        "specials": names | json_values,
+    },
 )
 metas = st.fixed_dictionaries(
     {},
@@ -425,6 +433,8 @@ def read_meta(folder, name: str, content: bytes) -> dict | None:
         assert meta["vocab_size"] is None or type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] < 2**32
         if meta["tokenizer"] is not None:
             check_data(meta["tokenizer"], meta["vocab_size"])
+            if meta["tokenizer"]["type"] != "gpt2":
+                assert from_data(meta["tokenizer"]).to_data()["type"] == meta["tokenizer"]["type"]
         tokens = np.zeros(4, dtype=meta["dtype"])
         (folder / "train.bin").write_bytes(tokens.tobytes())
         split = answer(Split, folder, "train", meta, meta["vocab_size"])
@@ -505,6 +515,34 @@ def test_a_meta_pkl_of_any_content_gives_its_plain_values_or_is_refused(folder, 
             pairs = theirs["itos"].items() if isinstance(theirs["itos"], dict) else enumerate(theirs["itos"])
             pairs = {i: char for i, char in pairs if i in range(meta["vocab_size"]) and char is not None}
             assert {i: char for i, char in enumerate(meta["tokenizer"]["chars"]) if char is not None} == pairs
+
+
+@pytest.fixture(scope="module")
+def packed(folder) -> dict[str, bytes]:
+    """A small file of every kind."""
+    pyarrow, zstandard = pytest.importorskip("pyarrow"), pytest.importorskip("zstandard")
+    lines = [f"text {n}, é\n" for n in range(40)]
+    sink = pyarrow.BufferOutputStream()
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": lines}), sink, row_group_size=20)
+    plain = {
+        ".txt": "".join(lines).encode(),
+        ".jsonl": "".join(json.dumps({"text": line}) + "\n" for line in lines).encode(),
+        ".parquet": sink.getvalue().to_pybytes(),
+    }
+    gz = {f"{kind}.gz": gzip.compress(content) for kind, content in plain.items()}
+    return plain | gz | {f"{kind}.zst": zstandard.compress(content) for kind, content in plain.items()}
+
+
+@examples(400)
+@given(st.data())
+def test_documents_of_any_bytes_are_read_or_refused(folder, packed, data):
+    kind = data.draw(st.sampled_from(sorted(packed)))
+    path = folder / f"fuzz{kind}"
+    path.write_bytes(data.draw(damaged(packed[kind]) | st.binary(max_size=200)))
+    pieces = answer(lambda: list(pieces_of(path, "text", 16)))
+    for piece in pieces or ():
+        assert isinstance(piece.text, str) and piece.text and "\r" not in piece.text
+    assert not pieces or pieces[-1].is_end
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 from conftest import ROOT, assert_user_error
+from hub import Hub
 
 import dataset
 import tokenizer
@@ -155,3 +156,112 @@ def test_meta_counts_the_tokens(project, prepare):
     meta = json.loads((project / "data" / "shakespeare_char" / "meta.json").read_text())
     assert meta["tokens"] == {"train": 90, "val": 10} and meta["vocab_size"] == 10 and meta["dtype"] == "uint16"
     assert np.fromfile(project / "data" / "shakespeare_char" / "val.bin", "<u2").tolist() == list(range(10))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One's own text, and the public corpora
+
+
+def parquet(path, texts):
+    pyarrow = pytest.importorskip("pyarrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": texts, "id": texts}), path)
+    return path.read_bytes()
+
+
+def documents(folder) -> dict[str, list[str]]:
+    found = {}
+    for split in ("train", "val"):
+        ids, its = read(folder, split)
+        found[split] = its.decode(ids.tolist()).split("<|endoftext|>")[:-1]
+    return found
+
+
+def test_ones_own_text_is_prepared_and_trained_on(project, prepare, run):
+    (project / "mine").mkdir()
+    for n in range(60):
+        (project / "mine" / f"{n}.md").write_text(f"# Note {n}\nAll is well at {n * n}.\n")
+    result = prepare("text", "--source=mine", "--tokenizer=bpe", "--vocab_size=300")
+    assert result.code == 0, result.err
+    assert "trained 300 tokens" in result.out
+    found = documents(project / "data" / "text")
+    assert len(found["train"] + found["val"]) == 60 and found["val"]
+    flags = "--dataset=text --device=cpu --n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2 --max_iters=2"
+    flags += " --gradient_accumulation_steps=1 --eval_iters=1 --compile=False --out_dir=out"
+    assert run("train.py", *flags.split()).code == 0
+    result = run("sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=5", "--start=All <|endoftext|>")
+    assert result.code == 0 and result.out.startswith("All <|endoftext|>"), result.err
+
+
+def test_own_text_may_go_to_another_folder(project, prepare):
+    (project / "a.txt").write_text("".join(f"line {n}\n" for n in range(500)))
+    assert prepare("text", "--source=a.txt", "--tokenizer=char", "--out=data/mine").code == 0
+    assert dataset.find("mine") and not (project / "data" / "text" / "train.bin").exists()
+
+
+def test_bad_input_to_ones_own_text_is_one_line_a_problem(project, prepare):
+    (project / "a.jsonl").write_text('{"body": "x"}\n')
+    (project / "bad.txt").write_bytes(b"caf\xe9 au lait")
+    assert_user_error(prepare("text"), "--source=PATH")
+    assert_user_error(prepare("text", "--source=nowhere", "--val_share=7.0"), "nowhere", "val_share")
+    assert_user_error(prepare("text", "--source=a.jsonl", "--tokenizer=byte"), "a.jsonl", "line 1", "'text'", "body")
+    assert_user_error(prepare("text", "--source=bad.txt", "--tokenizer=byte"), "bad.txt", "byte 3 is 0xe9")
+    assert_user_error(prepare("text", "--source=bad.txt", "--tokenizer=words"), "char, byte, gpt2, bpe")
+    assert_user_error(prepare("text", "--source=bad.txt", "--out=bad.txt/x"), "bad.txt/x")
+    assert not (project / "data" / "text" / "train.bin").exists()
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb", "tinystories"])
+def test_a_public_corpus_is_prepared_from_files_at_hand(project, prepare, name):
+    texts = [f"Page {n} of {n * n}." for n in range(400)]
+    parquet(project / "there" / "a.parquet", texts[:300])
+    parquet(project / "there" / "b.parquet", texts[300:])
+    result = prepare(name, "--source=there/*.parquet", "--tokenizer=byte", "--val_share=0.1")
+    assert result.code == 0, result.err
+    found = documents(project / "data" / name)
+    assert sorted(found["train"] + found["val"]) == sorted(texts) and len(found["val"]) > 10
+
+
+def test_tiny_stories_validation_file_is_for_validation(project, prepare):
+    parquet(project / "there" / "train-0.parquet", [f"Train {n}." for n in range(40)])
+    parquet(project / "there" / "validation-0.parquet", [f"Validate {n}." for n in range(4)])
+    assert prepare("tinystories", "--source=there", "--tokenizer=char").code == 0
+    found = documents(project / "data" / "tinystories")
+    assert found == {"train": [f"Train {n}." for n in range(40)], "val": [f"Validate {n}." for n in range(4)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "repo", "folder"),
+    [
+        ("openwebtext", "--max_files=2", "Skylion007/openwebtext", "plain_text"),
+        ("fineweb", "--max_files=2", "HuggingFaceFW/fineweb", "sample/10BT"),
+        ("fineweb", "--edu=True", "HuggingFaceFW/fineweb-edu", "sample/10BT"),
+        ("tinystories", "--val_share=0.1", "roneneldan/TinyStories", "data"),
+    ],
+)
+def test_a_public_corpus_is_downloaded_and_prepared(project, prepare, monkeypatch, name, flag, repo, folder):
+    hub = Hub(repo, folder)
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    try:
+        for n in range(3):
+            texts = [f"{n} {line} {line * line}" for line in range(200)]
+            hub.files[f"{folder}/{n}.parquet"] = parquet(project / "made" / f"{n}.parquet", texts)
+        hub.faults = {f"{folder}/1.parquet": [1000]}  # the connection breaks in the middle
+        result = prepare(name, flag, "--tokenizer=byte", "--val_share=0.1")
+        assert result.code == 0, result.err
+    finally:
+        hub.close()
+    found = documents(project / "data" / name)
+    assert len(found["train"] + found["val"]) == 200 * (2 if "max_files" in flag else 3)
+    assert (project / "data" / name / "source").is_dir()
+    assert prepare(name, flag, "--tokenizer=byte", "--val_share=0.2").code == 0, (
+        "without the hub too, once the files are there"
+    )
+
+
+def test_wrong_settings_are_told_before_a_download(project, prepare, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = prepare("fineweb", "--val_share=0.0", "--workers=-1")
+    assert_user_error(result, "val_share", "workers")
+    assert "127.0.0.1" not in result.err and not (project / "data" / "fineweb" / "source").exists()
+    assert_user_error(prepare("fineweb"), "127.0.0.1:9", "--source=PATH")

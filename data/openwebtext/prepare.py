@@ -1,0 +1,41 @@
+"""OpenWebText (8 million documents of the web, about 9 billion of GPT-2's tokens): what config/train_gpt2.py trains on.
+
+    python data/openwebtext/prepare.py                 # downloads 24 GB to data/openwebtext/source, then encodes them
+    python data/openwebtext/prepare.py --max_files=2   # a fortieth of it
+    python data/openwebtext/prepare.py --source='owt/*.parquet'
+
+Broken off and started again, the download and the encoding go on where they were.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import configurator
+
+source = ""  # a file, a folder or a glob to use instead of the download
+out = ""  # folder of the data set, and of what is downloaded; empty is this script's own
+max_files = 0  # of those on the hub, how many; 0 is all
+tokenizer = "gpt2"  # gpt2, byte, char, or bpe: byte pairs of this text's own
+vocab_size = 0  # of bpe: tokens in all, special ones included; 0 is 8192
+val_share = 0.0005  # of the documents is held out for validation, as in nanoGPT
+shard_tokens = 100_000_000  # tokens in a file, at the most
+workers = 0  # threads; 0 is one a core. The result is the same
+configurator.configure(globals())
+
+import corpus
+import download
+
+REPO = "Skylion007/openwebtext"
+PLACES = [("main", "plain_text"), ("refs/convert/parquet", "plain_text/train")]
+
+
+def main() -> None:
+    folder = Path(out or Path(__file__).parent)
+    recipe = corpus.Recipe(tokenizer, vocab_size, val_share=val_share, shard_tokens=shard_tokens, workers=workers)
+    corpus.prepare(folder, source, recipe, lambda: download.hub_files(REPO, PLACES, folder / "source", max_files))
+
+
+if __name__ == "__main__":
+    with configurator.user_errors():
+        main()

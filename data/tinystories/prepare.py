@@ -1,0 +1,45 @@
+"""TinyStories (2 million short stories in the words of a small child, about 470 million of GPT-2's tokens).
+
+    python data/tinystories/prepare.py                               # downloads 1 GB to data/tinystories/source
+    python data/tinystories/prepare.py --tokenizer=bpe --vocab_size=4096
+    python data/tinystories/prepare.py --source=FOLDER
+
+Files with "valid" in their names are for validation, all others for training; where no file has, a share of the stories
+is held out. Broken off and started again, the download and the encoding go on where they were.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import configurator
+
+source = ""  # a file, a folder or a glob to use instead of the download
+out = ""  # folder of the data set, and of what is downloaded; empty is this script's own
+tokenizer = "gpt2"  # gpt2, byte, char, or bpe: byte pairs of this text's own
+vocab_size = 0  # of bpe: tokens in all, special ones included; 0 is 8192
+val_share = 0.01  # of the stories is held out where no file is for validation
+shard_tokens = 100_000_000  # tokens in a file, at the most
+workers = 0  # threads; 0 is one a core. The result is the same
+configurator.configure(globals())
+
+import corpus
+import download
+
+
+def main() -> None:
+    folder = Path(out or Path(__file__).parent)
+    recipe = corpus.Recipe(tokenizer, vocab_size, val_share=val_share, shard_tokens=shard_tokens, workers=workers)
+    places, below = [("main", "data")], folder / "source"
+    corpus.prepare(
+        folder,
+        source,
+        recipe,
+        lambda: download.hub_files("roneneldan/TinyStories", places, below),
+        validation="valid",
+    )
+
+
+if __name__ == "__main__":
+    with configurator.user_errors():
+        main()
