@@ -9,6 +9,7 @@ Every few seconds the place is noted that all on disk stems from: a preparation 
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -59,6 +60,7 @@ class Recipe:
     vocab_size: int = 0  # of bpe; 0 is BPE_VOCABULARY
     pattern: str = "gpt4"  # of bpe
     field: str = "text"  # of .jsonl and .parquet
+    skip_bad_files: bool = False  # what can't be read is left out whole; else it ends the preparation
     val_share: float = 0.1
     shard_tokens: int = 10**8
     workers: int = 0  # 0: as many as there are cores
@@ -165,6 +167,8 @@ def _publish(folder: Path, shards: Shards, tokenizer: Tokenizer, note: dict | No
     """Gives the shards, and what describes them, their final names. Until all is on disk, what was there stays."""
     if empty := [split for split in SPLITS if not shards.counts[split]["tokens"]]:
         shards.close()
+        if note and len(empty) == len(SPLITS):
+            raise UserError("there is no text: the files are empty")
         raise UserError(
             f"the text is too short: nothing is left for {' and '.join(empty)}"
             + (": raise val_share" if note and empty == ["val"] else "")
@@ -309,6 +313,15 @@ class Preparation:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
+    @functools.cache  # noqa: B019 - there is one of them, as long as the program
+    def _is_bad(self, path: Path) -> bool:
+        try:
+            collections.deque(pieces_of(path, self.recipe.field, self.passage), maxlen=0)
+        except UserError as problem:
+            print(f"note: left out: {problem}", file=sys.stderr)
+            return True
+        return False
+
     def _check_unchanged(self) -> None:
         for path, stamp in zip(self.paths, self.stamps, strict=True):
             if _stamp(path) != stamp:
@@ -358,6 +371,8 @@ class Preparation:
         """From `place` on: ((file, piece), split, text, (bytes of it, whether a document ends), bytes read of all)."""
         for number in range(place["file"], len(self.paths) if end is None else end):
             path, first = self.paths[number], place["piece"] if number == place["file"] else 0
+            if self.recipe.skip_bad_files and self._is_bad(path):
+                continue
             pieces = itertools.islice(pieces_of(path, self.recipe.field, self.passage), first, None)
             for n, piece in enumerate(pieces, first):
                 text = piece.text
@@ -457,8 +472,8 @@ def _compare(tokenizer: Tokenizer, sample: list[str]) -> None:
     try:
         gpt2 = GPT2Tokenizer()
         line += f"; GPT-2's {gpt2.vocab_size:,} tokens: {bytes_a_token(gpt2):.3f}"
-    except UserError as problem:
-        line += f" (no comparison with GPT-2's tokens: {problem})"
+    except UserError:
+        line += " (GPT-2's tokens are not at hand to compare with)"
     print(line)
 
 

@@ -371,9 +371,19 @@ def test_text_that_can_not_be_read_is_one_problem_and_what_was_there_stays(tmp_p
         else:  # among others an empty file does no harm
             prepare(out, str(tmp_path / "src"), Recipe(tokenizer, 300 if tokenizer == "bpe" else 0))
     (tmp_path / "empty.txt").write_bytes(b"")
-    with pytest.raises(UserError, match="empty|too short|more than this text allows"):
+    with pytest.raises(UserError, match="empty|more than this text allows"):
         prepare(out, str(tmp_path / "empty.txt"), Recipe(tokenizer))
     assert sum(map(len, read_back(out).values())) == 300
+
+
+def test_bad_files_are_left_out_whole_where_that_is_wanted(tmp_path, stories, capsys):
+    (tmp_path / "src" / "bad.txt").write_bytes(b"a document<|endoftext|>another\n" * 200 + b"\xff")
+    (tmp_path / "src" / "bad.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n')
+    prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("char", skip_bad_files=True))
+    found = read_back(tmp_path / "out")
+    assert sorted(found["train"] + found["val"]) == sorted(stories)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "bad.jsonl, line 2" in told[0] and "bad.txt is no UTF-8 text: byte 6200" in told[1]
 
 
 def test_nothing_held_out_is_refused_with_what_to_do(tmp_path):

@@ -23,6 +23,7 @@ tokenizer = "gpt2"  # char, byte, gpt2, or bpe: byte pairs of this text's own
 vocab_size = 0  # of bpe: tokens in all, special ones included; 0 is 8192
 pattern = "gpt4"  # of bpe: how text is split before bytes are merged, as for gpt4 or gpt2
 field = "text"  # where a line of .jsonl, or a .parquet file, holds the text
+skip_bad_files = False  # leave out, with a note, files that can't be read as they should; False: stop at the first
 val_share = 0.1  # of documents, and of passages of long text files, is held out for validation
 shard_tokens = 100_000_000  # tokens in a file, at the most
 workers = 0  # threads; 0 is one a core. The result is the same
@@ -32,7 +33,7 @@ import corpus
 
 
 def main() -> None:
-    recipe = corpus.Recipe(tokenizer, vocab_size, pattern, field, val_share, shard_tokens, workers)
+    recipe = corpus.Recipe(tokenizer, vocab_size, pattern, field, skip_bad_files, val_share, shard_tokens, workers)
     corpus.prepare(Path(out or Path(__file__).parent), os.path.expanduser(source), recipe)
 
 
