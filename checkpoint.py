@@ -26,9 +26,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
+import dataset
+import files
 import runtime
+import tokenizer
 from configurator import UserError
-from model import CAUSAL_MASKS, GPT, GPTConfig
+from model import CAUSAL_MASKS, GPT, GPT2_MODELS, GPTConfig
 
 BEST, LAST, LOG, LAUNCH = "ckpt.pt", "last.pt", "log.jsonl", ".launch"
 ZIP_FOLDER = 0x10  # among an archive entry's external attributes
@@ -44,34 +47,16 @@ _NUMPY_SCALAR = [
 
 @contextlib.contextmanager
 def claimed(out_dir: str) -> Iterator[None]:
-    """Holds out_dir for this process, so that no second run writes there. Raises UserError where one already does.
+    """Holds out_dir for this process, so that no second run writes there, and clears what a killed one left half done.
 
-    The claim ends with the process, however that ends. Where the file system knows no locks there is none.
+    Raises UserError where another run does.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    try:
-        folder = os.open(out_dir, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"out_dir {out_dir!r} can't be opened: {error.strerror}") from error
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for leftover in Path(out_dir).glob("*.pt.tmp"):  # of a run that was killed in a save
+    with files.claimed(out_dir, "run") as is_certain:
+        for leftover in Path(out_dir).glob("*.pt.tmp") if is_certain else ():
             leftover.unlink()
-        for leftover in Path(out_dir).glob("*.dcp.tmp"):
+        for leftover in Path(out_dir).glob("*.dcp.tmp") if is_certain else ():
             shutil.rmtree(leftover)
-    except BlockingIOError:
-        os.close(folder)
-        raise UserError(f"another run is writing to {out_dir}: wait for it, or take another out_dir") from None
-    except OSError as error:
-        print(f"warning: {out_dir} can't be locked ({error.strerror}): start no second run there", file=sys.stderr)
-    try:
         yield
-    finally:
-        os.close(folder)
 
 
 def save(path: Path, state: dict) -> None:
@@ -91,7 +76,7 @@ def save(path: Path, state: dict) -> None:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _replace(partial, path)
+            files.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
@@ -122,7 +107,7 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
-            _replace(partial, path)
+            files.replace(partial, path)
             drop_other_forms(path)
     except (OSError, CheckpointException) as error:
         raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
@@ -146,7 +131,9 @@ def load_shards(model: GPT, optimizer: torch.optim.Optimizer | None, state: dict
             step = torch.tensor(steps[name], device=p.device)
             optimizer.state[p] = {key: step if key == "step" else torch.zeros_like(p) for key in _moments(group)}
     try:
-        dcp.load(_sharded_tensors(model, optimizer), checkpoint_id=state["path"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that without a process group there is one process is meant so
+            dcp.load(_sharded_tensors(model, optimizer), checkpoint_id=state["path"])
     except (CheckpointException, OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{state['path']} does not hold what this run needs: {str(error).strip().splitlines()[-1][:300]}"
@@ -166,16 +153,6 @@ def _tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(value, dict):
         for key, part in value.items():
             yield from _tensors(f"{name}.{key}" if name else str(key), part)
-
-
-def _replace(partial: Path, path: Path) -> None:
-    os.replace(partial, path)
-    if os.name == "posix":  # the new name itself must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def prepare_folder(out_dir: str) -> None:
@@ -372,6 +349,34 @@ def pretrained(name: str, dropout: float = 0.0) -> GPT:
         raise UserError(f"init_from={name} needs the {error.name} package: pip install -e .[hf]") from error
     except (ValueError, OSError) as error:
         raise UserError(f"init_from={name}: {error}") from error
+
+
+def check_source(init_from: str, out_dir: str) -> None:
+    """Raises UserError where init_from is neither resume, with a checkpoint in out_dir, nor a GPT-2 or a folder."""
+    if init_from == "resume":
+        to_use(out_dir)
+    elif init_from not in GPT2_MODELS and not os.path.isdir(init_from):
+        raise UserError(f"init_from={init_from} is not resume, {', '.join(GPT2_MODELS)}, nor a folder")
+
+
+def model_and_tokenizer(init_from: str, out_dir: str) -> tuple[GPT, dict | None, dict]:
+    """The model to sample or evaluate: with init_from="resume" that of the checkpoint in out_dir, else a GPT-2.
+
+    Returns it on the CPU; its tokenizer as plain data, None where its data set has none; and what else the checkpoint
+    holds, without weights and moments, {} for GPT-2. Shards are read whole, so several processes call it before they
+    form a group. Raises UserError where anything is missing, damaged, or does not fit the rest.
+    """
+    if init_from != "resume":
+        model, data, state = pretrained(init_from), {"type": "gpt2"}, {}
+    else:
+        state = load_to_use(out_dir)
+        model = build_model(state)
+        state = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+        name = str(state["config"].get("dataset"))
+        data = state.get("tokenizer") or dataset.tokenizer_of(name, model.config.vocab_size)
+    if data is not None:
+        tokenizer.check_data(data, model.config.vocab_size)
+    return model, data, state
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:

@@ -36,28 +36,30 @@ def replace(partial: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: str | Path, what: str) -> Iterator[None]:
+def claimed(folder: str | Path, what: str) -> Iterator[bool]:
     """Holds the folder for this process: raises UserError where another holds it, and calls that `what`.
 
-    The claim ends with the process, however that ends. Where the file system knows no locks there is none.
+    The claim ends with the process, however that ends. Yields whether it is certain: some file systems know no locks.
     """
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield False
         return
     try:
         held = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{str(folder)!r} can't be opened: {error.strerror}") from error
+    is_certain = True
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(held)
         raise UserError(f"another {what} is writing to {folder}: wait for it, or take another folder") from None
     except OSError as error:
+        is_certain = False
         print(f"warning: {folder} can't be locked ({error.strerror}): start no second {what} there", file=sys.stderr)
     try:
-        yield
+        yield is_certain
     finally:
         os.close(held)

@@ -41,12 +41,11 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import dataset
 import decode
 import runtime
 import tokenizer
 from configurator import UserError
-from model import GPT, GPT2_MODELS, Sampling
+from model import GPT, Sampling
 
 GPU_CHUNK = 16  # tokens that a GPU is ahead of what is shown, so that it need not wait
 SEPARATOR = "---------------"
@@ -71,16 +70,11 @@ def check_settings() -> None:
             f"logprobs={logprobs} would overwrite a checkpoint or the prompt",
         ),
         (quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}"),
-        (
-            init_from in ("resume", *GPT2_MODELS) or os.path.isdir(init_from),
-            f"init_from={init_from} is not resume, {', '.join(GPT2_MODELS)}, nor a folder",
-        ),
     ]
     looks = [lambda: runtime.check_machine(device, dtype), read_prompts]
     if quantize:
         looks.append(check_quantize)
-    if init_from == "resume":
-        looks.append(lambda: checkpoint.to_use(out_dir))
+    looks.append(lambda: checkpoint.check_source(init_from, out_dir))
     configurator.check(rules, looks)
 
 
@@ -109,20 +103,6 @@ def read_prompts() -> list[str]:
     if empty := [str(n) for n, line in enumerate(lines, 1) if not line]:
         raise UserError(f"start={start}: each line is a prompt, and empty is line {', '.join(empty)}")
     return lines
-
-
-def load() -> tuple[GPT, tokenizer.Tokenizer]:
-    """The model that init_from asks for, and its tokenizer."""
-    if init_from != "resume":
-        model = checkpoint.pretrained(init_from)
-        tokenizer.check_data({"type": "gpt2"}, model.config.vocab_size)
-        return model, tokenizer.GPT2Tokenizer()
-    state = checkpoint.load_to_use(out_dir)
-    model = checkpoint.build_model(state)
-    size = model.config.vocab_size
-    data = state.get("tokenizer") or dataset.tokenizer_of(str(state["config"].get("dataset")), size)
-    tokenizer.check_data(data, size)
-    return model, tokenizer.from_data(data)
 
 
 def encode(prompts: list[str], tokens: tokenizer.Tokenizer, block_size: int) -> list[list[int]]:
@@ -177,7 +157,8 @@ def main() -> None:
     check_settings()
     place = runtime.pick_device(device)
     kept = torch.float32 if dtype == "auto" and place.type == "cpu" else runtime.pick_dtype(dtype, place)
-    model, tokens = load()
+    model, tokenizer_data, _ = checkpoint.model_and_tokenizer(init_from, out_dir)
+    tokens = tokenizer.from_data(tokenizer_data)
     prompts = read_prompts()
     ids = encode(prompts, tokens, model.config.block_size)
     check_memory(model, len(ids) * num_samples, max(map(len, ids)) + max_new_tokens, place)
