@@ -2,8 +2,9 @@
 
 Two architectures. arch='gpt2' is GPT-2's (Radford et al., 2019): learned positions, pre-norm blocks, GELU in its tanh
 form, input and output embeddings tied, and, as in nanoGPT, optional biases. arch='qwen3' is Qwen3's (Yang et al.,
-2025): rotary positions, RMS norms, also on queries and keys, SwiGLU, grouped-query attention, no biases. Parameter
-names are nanoGPT's; c_attn holds query, key and value, c_fc of qwen3 gate and up.
+2025): rotary positions, RMS norms, also on queries and keys, SwiGLU, grouped-query attention, no biases; arch='llama'
+(Touvron et al., 2023) is the same without norms on queries and keys, for weights that come from elsewhere. Parameter
+names are nanoGPT's; c_attn holds query, key and value, c_fc of qwen3 and llama gate and up.
 
 Shapes: B batch, T time, C = n_embd channels, V vocabulary, n_kv heads of keys and values.
 """
@@ -20,12 +21,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOSS_CHUNK_LOGITS = 2**25  # logits that the chunked loss holds at a time: 128 MiB in float32
-RMS_EPS = 1e-6
 CPU_TILED_ATTENTION = 512  # the longest context whose attention weights are kept for the backward pass on CPUs
 TILE_QUERIES, TILE_WEIGHTS = 128, 2**21
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # not weights, though older code kept them among the weights
-# Hugging Face keeps GPT-2's names, without the "transformer." in front, and these weights transposed.
+# Hugging Face keeps GPT-2's names, and these weights transposed.
 GPT2_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -38,12 +38,13 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in every linear layer and layer norm, as GPT-2 has them
-    arch: str = "gpt2"  # gpt2 or qwen3; what follows is qwen3's
+    arch: str = "gpt2"  # gpt2, qwen3 or llama; what follows is of the latter two
     n_kv_head: int = 0  # heads of keys and values; 0: n_head
     head_dim: int = 0  # width of a head; 0: n_embd / n_head
     n_hidden: int = 0  # width of the MLP; 0: 8/3 of n_embd, rounded up to a multiple of 64
     tie_embeddings: bool = True  # one matrix for input and output
     rope_theta: float = 10000.0  # the longest wavelength of the rotary positions, over 2 pi
+    norm_eps: float = 1e-6  # added to the mean square in RMS norms
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -62,11 +63,11 @@ class GPTConfig:
         found = [f"{name} must be at least 1, not {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.arch not in ("gpt2", "qwen3"):
-            return [*found, f"arch must be gpt2 or qwen3, not {self.arch!r}"]
+        if self.arch not in ("gpt2", "qwen3", "llama"):
+            return [*found, f"arch must be gpt2, qwen3 or llama, not {self.arch!r}"]
         if found:
             return found
-        is_free = self.arch == "qwen3" and self.head_dim != self.n_embd // self.n_head
+        is_free = self.arch != "gpt2" and self.head_dim != self.n_embd // self.n_head
         if self.n_embd % self.n_head and not is_free:
             found.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.arch == "gpt2":
@@ -74,13 +75,15 @@ class GPTConfig:
                 found.append("n_kv_head, head_dim and tie_embeddings are qwen3's: leave them out, or take arch='qwen3'")
             return found
         if self.bias:
-            found.append("bias must be False with arch='qwen3'")
+            found.append(f"bias must be False with arch={self.arch!r}")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             found.append(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if self.head_dim < 2 or self.head_dim % 2:
             found.append(f"the width of a head must be even for rotary positions, not {self.head_dim}")
         if self.n_hidden < 1 or not 0 < self.rope_theta < math.inf:
             found.append(f"n_hidden ({self.n_hidden}) and rope_theta ({self.rope_theta}) must be positive")
+        if not 0 < self.norm_eps < 1:
+            found.append(f"norm_eps must be between 0 and 1, not {self.norm_eps}")
         return found
 
 
@@ -178,29 +181,29 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (Zhang and Sennrich, 2019), computed in float32."""
 
-    def __init__(self, ndim: int):
+    def __init__(self, ndim: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
+        self.weight, self.eps = nn.Parameter(torch.ones(ndim)), eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps).to(x.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x (…, C) over its root mean square, times weight (C,) or of x's last dimensions; in float32."""
     x, weight = x.float(), weight.float()
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return RMSNormInTraining.apply(x, weight)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS) * weight
+        return RMSNormInTraining.apply(x, weight, eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 class RMSNormInTraining(torch.autograd.Function):
     """rms_norm in fewer passes over memory than autograd would take, a fifth of the time on CPUs."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor):
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = (norm.square_() / x.size(-1) + RMS_EPS).rsqrt_()
+        scale = (norm.square_() / x.size(-1) + eps).rsqrt_()
         unit = x * scale
         ctx.save_for_backward(unit, scale, weight)
         return unit * weight
@@ -211,7 +214,7 @@ class RMSNormInTraining(torch.autograd.Function):
         along = grad * unit
         grad_weight = along.sum_to_size(weight.shape)
         mean = (along * weight).mean(-1, keepdim=True)
-        return (grad * weight).addcmul_(unit, mean, value=-1).mul_(scale), grad_weight
+        return (grad * weight).addcmul_(unit, mean, value=-1).mul_(scale), grad_weight, None
 
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -293,8 +296,9 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_kv = config.n_head, config.n_kv_head
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv) * config.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.q_norm = self.k_norm = None
         if config.arch == "qwen3":
-            self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
         self.resid_dropout = Dropout(config.dropout)
         self.head_dim, self.layer = config.head_dim, layer
         # GPT-2 drops attention weights too. Without that, attention is one fused kernel, which takes half the time.
@@ -309,8 +313,10 @@ class CausalSelfAttention(nn.Module):
             q, k, v = qkv.split(heads, dim=2)
         else:  # queries and keys in one go
             qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)
-            weights = (self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv, -1))
-            q, k = rotate(rms_norm(qk, torch.cat(weights)), rope).split(heads[:2], dim=2)
+            if self.q_norm is not None:
+                weights = (self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv, -1))
+                qk = rms_norm(qk, torch.cat(weights), self.q_norm.eps)
+            q, k = rotate(qk.float(), rope).split(heads[:2], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, n_head or n_kv, T, head_dim)
         mask = None
         if cache is not None:
@@ -334,7 +340,7 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.is_gated = config.arch == "qwen3"
+        self.is_gated = config.arch != "gpt2"
         self.c_fc = nn.Linear(config.n_embd, (1 + self.is_gated) * config.n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
@@ -363,7 +369,8 @@ class Block(nn.Module):
 
 
 def _norm(config: GPTConfig) -> nn.Module:
-    return RMSNorm(config.n_embd) if config.arch == "qwen3" else LayerNorm(config.n_embd, config.bias)
+    gpt2 = config.arch == "gpt2"
+    return LayerNorm(config.n_embd, config.bias) if gpt2 else RMSNorm(config.n_embd, config.norm_eps)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -446,8 +453,8 @@ class GPT(nn.Module):
                 self._initialise(name, parameter)
 
     def _initialise(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's values. For qwen3: matrices as in Muon's records, that is, what writes to the residual stream, and an
-        untied head, at zero, so that each block begins as the identity.
+        """GPT-2's values. For qwen3 and llama: matrices as in Muon's records, that is, what writes to the residual
+        stream, and an untied head, at zero, so that each block begins as the identity.
         """
         c, kind = self.config, ".".join(name.split(".")[-2:])
         if name.endswith(".bias"):
@@ -538,47 +545,38 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
-        """GPT-2's weights, from a folder of that name (model.safetensors, config.json) or else from the hub.
+        """The weights in a folder of Hugging Face's layout (config.json, *.safetensors), or GPT-2's from the hub.
 
-        model_type: one of GPT2_MODELS, or a folder. override_args: `dropout` alone may be given. Needs the safetensors
-        package, and huggingface_hub for a download. Raises ValueError where the folder holds something else than GPT-2,
-        OSError where nothing is found or the download fails, ImportError where a package is missing.
+        model_type: a folder with a GPT-2, Qwen3 or Llama, or one of GPT2_MODELS. override_args: `dropout` alone may be
+        given. Needs the safetensors package, and huggingface_hub for a download. Raises ValueError that names what in
+        the folder is not computed here, missing or misshapen, OSError where nothing is found or the download fails,
+        ImportError where a package is missing.
         """
         override_args = override_args or {}
         if unknown := set(override_args) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(unknown))}")
-        config_path, weights_path = _pretrained_files(model_type)
+        config_path, weights_paths = _pretrained_files(model_type)
         try:
             with open(config_path, encoding="utf-8") as file:
-                theirs = dict(json.load(file))
-            sizes = {name: theirs[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-            config = GPTConfig(block_size=theirs["n_positions"], **sizes, bias=True, **override_args)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{config_path} describes no GPT-2 ({error})") from error
-        expected = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-        for key, value in expected.items():
-            if theirs.get(key, value) != value:
-                raise ValueError(f"{config_path}: {key} is {theirs[key]!r}, and only {value!r} is read here")
-        if theirs.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"{config_path}: activation {theirs['activation_function']!r} is not GPT-2's")
+                config = config_from_hf(json.load(file))
+        except ValueError as error:
+            raise ValueError(f"{config_path}: {error}") from error
+        config.dropout = override_args.get("dropout", 0.0)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        tensors = {}
+        for path in weights_paths:
+            try:
+                tensors |= load_file(path)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error})") from error
         try:
-            tensors = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(f"{weights_path} is damaged ({error})") from error
-        model, state = cls(config), {}
-        for name, tensor in tensors.items():
-            name = name.removeprefix("transformer.")
-            if name.endswith(CAUSAL_MASKS) or name == "lm_head.weight":  # which is tied
-                continue
-            state["transformer." + name] = tensor.t() if name.endswith(GPT2_TRANSPOSED) else tensor
-        state["lm_head.weight"] = state.get("transformer.wte.weight")
-        try:
-            model.load_state_dict(state)
-        except (RuntimeError, AttributeError) as error:
-            raise ValueError(f"{weights_path} does not hold the weights that {config_path} describes") from error
+            state = state_from_hf(config, tensors)
+        except ValueError as error:
+            raise ValueError(f"{os.path.dirname(weights_paths[0]) or model_type}: {error}") from error
+        model = cls(config)
+        model.load_state_dict(state)
         return model
 
     def configure_optimizers(
@@ -770,14 +768,208 @@ def draw(
     return ((cumulative > point) & (probs > 0)).int().argmax(dim=-1)
 
 
-def _pretrained_files(name: str) -> tuple[str, str]:
-    """The paths of config.json and model.safetensors: in the folder `name`, or downloaded from the hub."""
-    files = ("config.json", "model.safetensors")
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face's names and layout: config.json as a dict, and tensors by name
+
+
+def hf_config(config: GPTConfig) -> dict:
+    """The config.json of GPT2LMHeadModel, Qwen3ForCausalLM or LlamaForCausalLM that computes what GPT(config) does."""
+    c = config
+    if c.arch == "gpt2":
+        sizes = {"n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head}
+        dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), c.dropout)
+        theirs = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": c.n_embd, **sizes, **dropouts}
+        return theirs | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "vocab_size": c.vocab_size}
+    return {
+        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[c.arch]],
+        "model_type": c.arch,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.n_embd,
+        "intermediate_size": c.n_hidden,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.block_size,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,  # up to transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "tie_word_embeddings": c.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+
+
+# What must not be otherwise, since nothing else is computed here. A key that is missing has its library's default,
+# which is the first of the values.
+_HF_NEEDS = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    },
+    "llama": {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "rope_scaling": (None,),
+        "partial_rotary_factor": (1.0,),
+        "use_sliding_window": (False,),
+        "rope_interleaved": (False,),
+    },
+}
+
+
+def config_from_hf(theirs: dict) -> GPTConfig:
+    """The inverse of hf_config. Raises ValueError that names whatever in it is not computed here, or missing."""
+    kind = theirs.get("model_type") if isinstance(theirs, dict) else None
+    if kind not in ("gpt2", "qwen3", "llama"):
+        raise ValueError(f"model_type is {kind!r}, and only gpt2, qwen3 and llama are read here")
+    if theirs.get("quantization_config"):
+        raise ValueError("its weights are quantized (quantization_config), which is not read here")
+    for key, values in _HF_NEEDS["gpt2" if kind == "gpt2" else "llama"].items():
+        if theirs.get(key, values[0]) not in values:
+            raise ValueError(f"{key} is {theirs[key]!r}, and only {values[0]!r} is computed here")
+    try:
+        if kind == "gpt2":
+            if theirs.get("n_inner") not in (None, 4 * theirs["n_embd"]):
+                raise ValueError(f"n_inner is {theirs['n_inner']}, and only 4 * n_embd is computed here")
+            sizes = {name: theirs[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+            config = GPTConfig(block_size=theirs["n_positions"], **sizes, bias=True)
+        else:
+            rope = {"rope_type": "default", **(theirs.get("rope_parameters") or {})}
+            if rope["rope_type"] != "default":
+                raise ValueError(f"rope_type is {rope['rope_type']!r}, and only 'default' is computed here")
+            if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
+                raise ValueError(f"layer_types has {theirs['layer_types']}, and only full_attention is computed here")
+            heads = theirs["num_attention_heads"]
+            config = GPTConfig(
+                block_size=theirs["max_position_embeddings"],
+                vocab_size=theirs["vocab_size"],
+                n_layer=theirs["num_hidden_layers"],
+                n_head=heads,
+                n_embd=theirs["hidden_size"],
+                bias=False,
+                arch=kind,
+                n_kv_head=theirs.get("num_key_value_heads") or heads,
+                head_dim=theirs.get("head_dim") or (128 if kind == "qwen3" else theirs["hidden_size"] // heads),
+                n_hidden=theirs["intermediate_size"],
+                tie_embeddings=theirs.get("tie_word_embeddings", False),
+                rope_theta=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0),
+                norm_eps=float(theirs.get("rms_norm_eps", 1e-6)),
+            )
+        if problems := config.problems():
+            raise ValueError("; ".join(problems))
+    except KeyError as error:
+        raise ValueError(f"it has no {error.args[0]}") from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"it describes no network ({error})") from error
+    return config
+
+
+def _hf_layout(config: GPTConfig) -> dict[str, list[tuple[str, int]]]:
+    """For each of our weights: theirs, of which it is made one below the other, and the rows of each."""
+    c, queries, keys = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    if c.arch == "gpt2":
+        with torch.device("meta"):
+            names = GPT(c).state_dict()
+        return {name: [(name, -1)] for name in names if name != "lm_head.weight"}
+    layout = {
+        "transformer.wte.weight": [("model.embed_tokens.weight", c.vocab_size)],
+        "transformer.ln_f.weight": [("model.norm.weight", c.n_embd)],
+    }
+    if not c.tie_embeddings:
+        layout["lm_head.weight"] = [("lm_head.weight", c.vocab_size)]
+    block = {
+        "ln_1": [("input_layernorm", c.n_embd)],
+        "ln_2": [("post_attention_layernorm", c.n_embd)],
+        "attn.c_attn": [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)],
+        "attn.c_proj": [("self_attn.o_proj", c.n_embd)],
+        "mlp.c_fc": [("mlp.gate_proj", c.n_hidden), ("mlp.up_proj", c.n_hidden)],
+        "mlp.c_proj": [("mlp.down_proj", c.n_embd)],
+    }
+    if c.arch == "qwen3":
+        block |= {f"attn.{name}": [(f"self_attn.{name}", c.head_dim)] for name in ("q_norm", "k_norm")}
+    for n in range(c.n_layer):
+        for ours, theirs in block.items():
+            parts = [(f"model.layers.{n}.{name}.weight", rows) for name, rows in theirs]
+            layout[f"transformer.h.{n}.{ours}.weight"] = parts
+    return layout
+
+
+def state_to_hf(config: GPTConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our weights under their names and in their layout. What GPT-2 has and a model without biases lacks is zeros."""
+    tensors = {}
+    for ours, parts in _hf_layout(config).items():
+        if config.arch == "gpt2":
+            tensors[ours] = state[ours].t() if ours.endswith(GPT2_TRANSPOSED) else state[ours]
+            if not config.bias and "wte" not in ours and "wpe" not in ours:
+                tensors[ours.replace(".weight", ".bias")] = state[ours].new_zeros(state[ours].size(0))
+        else:
+            rows = state[ours].split([rows for _, rows in parts])
+            tensors |= {name: its for (name, _), its in zip(parts, rows, strict=True)}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def state_from_hf(config: GPTConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of state_to_hf. Raises ValueError that names tensors that are missing, misshapen or unknown."""
+    if config.arch == "gpt2":  # the bare GPT2Model has no prefix
+        tensors = {
+            name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t
+            for name, t in tensors.items()
+        }
+    layout = _hf_layout(config)
+    known = {name for parts in layout.values() for name, _ in parts}
+    missing = sorted(known - tensors.keys())
+    unknown = [
+        name for name in tensors if name not in known and not name.endswith((*CAUSAL_MASKS, "rotary_emb.inv_freq"))
+    ]
+    embedding = layout["transformer.wte.weight"][0][0]
+    if config.tie_embeddings and "lm_head.weight" in unknown and not missing:
+        if not torch.equal(tensors["lm_head.weight"], tensors[embedding]):
+            raise ValueError("lm_head.weight differs from the input embeddings, though the two are said to be tied")
+        unknown.remove("lm_head.weight")
+    if missing or unknown:
+        told = [
+            f"{what} {', '.join(names[:4])}{' …' * (len(names) > 4)}"
+            for what, names in (("it lacks", missing), ("it has also", unknown))
+            if names
+        ]
+        raise ValueError("; ".join(told))
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    state = {}
+    for ours, parts in layout.items():
+        found = [
+            tensors[name].t() if ours.endswith(GPT2_TRANSPOSED) and config.arch == "gpt2" else tensors[name]
+            for name, _ in parts
+        ]
+        shape = tuple(expected[ours].shape)
+        for (name, rows), tensor in zip(parts, found, strict=True):
+            if tuple(tensor.shape) != (shape if rows < 0 else (rows, *shape[1:])):
+                raise ValueError(f"{name} is of shape {tuple(tensors[name].shape)}, which is not what its config says")
+        state[ours] = torch.cat(found) if len(found) > 1 else found[0]
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    return state
+
+
+def _pretrained_files(name: str) -> tuple[str, list[str]]:
+    """The paths of config.json and of the weights: in the folder `name`, or downloaded from the hub."""
     if os.path.isdir(name):
-        paths = tuple(os.path.join(name, file) for file in files)
-        if missing := [path for path in paths if not os.path.exists(path)]:
-            raise OSError(f"missing {' and '.join(missing)}")
-        return paths
+        found = sorted(file for file in os.listdir(name) if file.endswith(".safetensors") and file.startswith("model"))
+        if missing := [
+            file
+            for file, is_there in (
+                ("config.json", os.path.exists(os.path.join(name, "config.json"))),
+                ("model.safetensors", found),
+            )
+            if not is_there
+        ]:
+            raise OSError(f"missing {' and '.join(os.path.join(name, file) for file in missing)}")
+        return os.path.join(name, "config.json"), [os.path.join(name, file) for file in found]
     if name not in GPT2_MODELS:
         raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_MODELS)}")
     from huggingface_hub import hf_hub_download
@@ -785,7 +977,10 @@ def _pretrained_files(name: str) -> tuple[str, str]:
 
     logging.set_verbosity_error()  # its remarks on every retry; what comes of them is said below
     try:
-        return tuple(hf_hub_download(f"openai-community/{name}", file) for file in files)
+        config, weights = (
+            hf_hub_download(f"openai-community/{name}", file) for file in ("config.json", "model.safetensors")
+        )
+        return config, [weights]
     except Exception as error:  # the client raises a dozen kinds; all of them mean that there is no file
         raise OSError(
             f"{name} could not be downloaded ({type(error).__name__}); a local folder {name!r} serves as well"
