@@ -332,7 +332,7 @@ class Preparation:
         if self.recipe.tokenizer == "gpt2":
             return GPT2Tokenizer()
         if self.recipe.tokenizer == "byte":
-            return BPETokenizer([], self.recipe.pattern)
+            return BPETokenizer.of_merges([], self.recipe.pattern)
         if self.recipe.tokenizer == "char":
             chars = set()
             with self._bar("reading", 0) as bar:

@@ -7,6 +7,9 @@
     each byte written as the character of that number; without any it is a tokenizer of bytes
 
 "specials": ["<|endoftext|>", ...] may stand in the first and in the last; these have the ids after all others.
+
+{"type": "bpe", "pattern": "qwen2", "vocab": ["!", null, ...], "specials": {"<|endoftext|>": 1, ...}}
+    one from elsewhere: all tokens by their ids, which are in the order of merging; null where an id is special, or free
 """
 
 import codecs
@@ -19,11 +22,15 @@ from configurator import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # of a BPE that is trained here; two wait for chats (ChatML)
-# How text is split before bytes are merged, in GPT-2 and in GPT-4 (OpenAI's tiktoken, cl100k_base).
+# How text is split before bytes are merged: in GPT-2, in GPT-4 (OpenAI's tiktoken, cl100k_base) and Llama 3, in Qwen 2
+# and 3, and where GPT-2's comes after each digit was set apart (SmolLM).
 PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
     r"""|\s+(?!\S)|\s+""",
+    "qwen2": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
+    r"""|\s+(?!\S)|\s+""",
+    "smollm": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+""",
 }
 
 
@@ -83,22 +90,21 @@ class CharTokenizer:
 class BPETokenizer:
     """Byte pairs, merged by the tiktoken package. Any text and any bytes have ids, and come back as they were."""
 
-    def __init__(self, tokens: Sequence[bytes], pattern: str, specials: Sequence[str] = SPECIALS):
-        """tokens: what the merges make, in their order, without the 256 bytes. pattern: one of PATTERNS."""
+    def __init__(self, vocab: Sequence[bytes | None], pattern: str, specials: dict[str, int]):
+        """vocab: the tokens by id, in the order in which they merge. pattern: one of PATTERNS."""
         import tiktoken
 
-        self._data = {
-            "type": "bpe",
-            "pattern": pattern,
-            "tokens": [token.decode("latin-1") for token in tokens],
-            "specials": list(specials),
-        }
-        ranks = {token: i for i, token in enumerate([*(bytes([byte]) for byte in range(256)), *tokens])}
-        self.specials = {name: len(ranks) + i for i, name in enumerate(specials)}
-        self.vocab_size = len(ranks) + len(self.specials)
+        self._vocab, self.pattern, self.specials = list(vocab), pattern, specials
+        self.vocab_size = max(len(self._vocab), max(specials.values(), default=-1) + 1)
         self._bpe = tiktoken.Encoding(
-            "bpe", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=self.specials
+            "bpe", pat_str=PATTERNS[pattern], mergeable_ranks=self.ranks(), special_tokens=specials
         )
+
+    @classmethod
+    def of_merges(cls, tokens: Sequence[bytes], pattern: str, specials: Sequence[str] = SPECIALS) -> "BPETokenizer":
+        """One of our own: the 256 bytes, then `tokens` in the order in which they merge, then the special ones."""
+        vocab = [*(bytes([byte]) for byte in range(256)), *tokens]
+        return cls(vocab, pattern, {name: len(vocab) + i for i, name in enumerate(specials)})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str) -> "BPETokenizer":
@@ -125,9 +131,9 @@ class BPETokenizer:
                 f"vocab_size={vocab_size} is more than this text allows: it has pairs for "
                 f"{len(vocab) + len(SPECIALS)} tokens"
             )
-        byte_of = _printable_bytes()
+        byte_of = printable_bytes()
         tokens = [bytes(byte_of[char] for char in token) for token in sorted(vocab, key=vocab.__getitem__)]
-        return cls([token for token in tokens if len(token) > 1], pattern)
+        return cls.of_merges([token for token in tokens if len(token) > 1], pattern)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """With `special`, as in a prompt, the names of special tokens become their ids; else they are text."""
@@ -163,19 +169,42 @@ class BPETokenizer:
     def can_write(self, text: str) -> bool:
         return True
 
+    def ranks(self) -> dict[bytes, int]:
+        """The ids of all but special tokens, in the order in which they merge."""
+        return {token: i for i, token in enumerate(self._vocab) if token is not None}
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The two parts of which each token is made, in order: what its bytes come to by the merges before its own."""
+        ranks, found = self.ranks(), []
+        for token, rank in ranks.items():
+            parts = [bytes([byte]) for byte in token]
+            while len(parts) > 2:
+                made, place = min((ranks.get(parts[n] + parts[n + 1], rank), n) for n in range(len(parts) - 1))
+                if made >= rank:  # no merges lead to it: it stands only for a piece that is just this
+                    break
+                parts[place : place + 2] = [parts[place] + parts[place + 1]]
+            if len(parts) == 2:
+                found.append((parts[0], parts[1]))
+        return found
+
     def to_data(self) -> dict:
-        return self._data
+        shown, first = [token and token.decode("latin-1") for token in self._vocab], [*map(chr, range(256))]
+        data = {"type": "bpe", "pattern": self.pattern}
+        after = {name: len(shown) + i for i, name in enumerate(self.specials)}
+        if shown[:256] == first and None not in shown and self.specials == after:
+            return data | {"tokens": shown[256:], "specials": list(self.specials)}
+        return data | {"vocab": shown, "specials": self.specials}
 
 
 class GPT2Tokenizer(BPETokenizer):
     """GPT-2's 50,257 byte pairs. tiktoken fetches them once, and finds them again in TIKTOKEN_CACHE_DIR."""
 
-    vocab_size = 50257
+    vocab_size, pattern = 50257, "gpt2"
 
     def __init__(self):
         import tiktoken
 
-        self._data, self.specials = {"type": "gpt2"}, {END_OF_TEXT: self.vocab_size - 1}
+        self.specials = {END_OF_TEXT: self.vocab_size - 1}
         try:
             self._bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever the network, a proxy or a broken cache raises
@@ -184,11 +213,17 @@ class GPT2Tokenizer(BPETokenizer):
                 "TIKTOKEN_CACHE_DIR to a folder that holds them"
             ) from error
 
+    def ranks(self) -> dict[bytes, int]:
+        return {self.token_bytes(i): i for i in range(self.vocab_size - 1)}
+
+    def to_data(self) -> dict:
+        return {"type": "gpt2"}
+
 
 Tokenizer = CharTokenizer | BPETokenizer
 
 
-def _printable_bytes() -> dict[str, int]:
+def printable_bytes() -> dict[str, int]:
     """The byte that each character of GPT-2's printable alphabet stands for: printable ones of Latin-1 are themselves,
     the rest are numbered on from 256."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -240,23 +275,39 @@ def check_data(data: object, vocab_size: int | None = None) -> None:
         if not all(isinstance(char, str) and len(char) == 1 for char in chars) or len(set(chars)) < len(chars):
             raise UserError("the tokenizer's chars are not single characters, each of them once")
     elif kind == "bpe" and data.get("pattern") in [*PATTERNS] and isinstance(data.get("tokens"), list):
-        size, tokens = 256 + len(data["tokens"]), data["tokens"]
-        if not all(isinstance(t, str) and len(t) > 1 and max(t) < "\u0100" for t in tokens) or len(set(tokens)) < len(
-            tokens
-        ):
-            raise UserError("the tokenizer's tokens are not strings of two bytes and more, each of them once")
+        _check_tokens(data["tokens"], 2)
+        size = 256 + len(data["tokens"])
+    elif kind == "bpe" and data.get("pattern") in [*PATTERNS] and isinstance(data.get("vocab"), list):
+        vocab, specials = data["vocab"], data.get("specials")
+        _check_tokens([token for token in vocab if token is not None], 1)
+        if sum(token is not None and len(token) == 1 for token in vocab) < 256:
+            raise UserError("the tokenizer has no token for some bytes")
+        ids = list(specials.values()) if isinstance(specials, dict) else [None]
+        if not all(type(i) is int and 0 <= i < 2**24 for i in ids):
+            raise UserError("the tokenizer's special tokens have no ids")
+        if len(set(ids)) < len(ids) or any(i < len(vocab) and vocab[i] is not None for i in ids):
+            raise UserError("the tokenizer has two tokens of one id")
+        size = max(len(vocab), max(ids, default=-1) + 1) - len(ids)
     else:
         raise UserError(f"the data describes no tokenizer that is known here (type {kind!r})")
     if kind != "gpt2":
         specials = data.get("specials", [])
-        named = isinstance(specials, list) and all(isinstance(name, str) and len(name) > 1 for name in specials)
-        if not named or len(set(specials)) < len(specials):
+        names = list(specials) if isinstance(specials, list | dict) else [None]
+        if not all(isinstance(name, str) and len(name) > 1 for name in names) or len(set(names)) < len(names):
             raise UserError(
                 "the tokenizer's special tokens are not names of two characters and more, each of them once"
             )
-        size += len(specials)
+        if isinstance(specials, dict) and "vocab" not in data:
+            raise UserError("the tokenizer's special tokens are no list")
+        size += len(names)
     if vocab_size is not None and size > vocab_size:
         raise UserError(f"the tokenizer has {size} tokens, and the vocabulary only {vocab_size}")
+
+
+def _check_tokens(tokens: list, shortest: int) -> None:
+    of_bytes = all(isinstance(token, str) and len(token) >= shortest and max(token) < "\u0100" for token in tokens)
+    if not of_bytes or len(set(tokens)) < len(tokens):
+        raise UserError(f"the tokenizer's tokens are not strings of {shortest} bytes and more, each of them once")
 
 
 def from_data(data: dict) -> Tokenizer:
@@ -266,9 +317,11 @@ def from_data(data: dict) -> Tokenizer:
         return GPT2Tokenizer()
     if data["type"] == "char":
         return CharTokenizer(data["chars"], data.get("specials", []))
-    return BPETokenizer(
-        [token.encode("latin-1") for token in data["tokens"]], data["pattern"], data.get("specials", [])
-    )
+    if "tokens" in data:
+        tokens = [token.encode("latin-1") for token in data["tokens"]]
+        return BPETokenizer.of_merges(tokens, data["pattern"], data.get("specials", []))
+    vocab = [token if token is None else token.encode("latin-1") for token in data["vocab"]]
+    return BPETokenizer(vocab, data["pattern"], data["specials"])
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -407,7 +407,8 @@ tokenizers = st.fixed_dictionaries(
     optional={
         "pattern": st.sampled_from(["gpt4", "gpt2"]) | json_values,
         "tokens": names | json_values,
-        "specials": names | json_values,
+        "specials": names | json_values | st.dictionaries(letters, small),
+        "vocab": st.just([*map(chr, range(256)), None, "ab"]) | names | json_values,
     },
 )
 metas = st.fixed_dictionaries(

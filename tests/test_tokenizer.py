@@ -189,7 +189,7 @@ def test_special_tokens_are_the_last_ones(bpe):
     assert bpe.decode(last) == "".join(SPECIALS)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
 def test_training_merges_the_most_frequent_pair_each_time(pattern):
     """Replayed by hand: no pair was more frequent than the one that became the next token."""
     pytest.importorskip("tokenizers")
