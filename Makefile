@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test clean
+.PHONY: install demo test notebooks clean
 
 install: .venv/installed
 
@@ -19,6 +19,10 @@ install: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
 	touch $@
 
+.venv/notebooks: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[notebooks]"
+	touch $@
+
 demo: .venv/installed
 	$(BIN)/python data/pystdlib_char/prepare.py
 	$(BIN)/python train.py config/demo.py
@@ -28,6 +32,11 @@ test: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# What is left out of the files' metadata: times, and the version of Python.
+notebooks: .venv/notebooks
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ClearMetadataPreprocessor.enabled=True \
+	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", ("language_info", "name")}' notebooks/*.ipynb
 
 clean:
 	rm -rf .venv out-demo *.egg-info

@@ -81,7 +81,6 @@ _given = configurator.configure(globals())
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -91,13 +90,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import dataset as data
 import optimizer as optimizers
 import runtime
 from configurator import UserError
+from log import Log
 from model import GPT, GPT2_MODELS, GPTConfig
 
 # Settings that a checkpoint decides.
@@ -179,7 +178,7 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
     state = {}
     if init_from == "scratch":
         vocab_size = meta["vocab_size"] or 50304
-        if meta["tokenizer"] and meta["tokenizer"].get("type") == "gpt2":
+        if meta["tokenizer"] and meta["tokenizer"]["type"] != "char":
             vocab_size = math.ceil(vocab_size / ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO
         return GPT(model_config(vocab_size)), state
     if init_from == "resume":
@@ -240,78 +239,13 @@ def start_wandb(config: dict):
     import wandb
 
     try:
-        return wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        wandb_run.define_metric("*", step_metric="iter")  # what its charts are drawn against
+        return wandb_run
     except (wandb.Error, OSError) as error:
         raise UserError(
             f"Weights & Biases did not start ({error}): log in, set WANDB_MODE=offline, or use --wandb_log=False"
         ) from error
-
-
-class Log:
-    """Figures to the terminal, to log.jsonl and, where asked for, to Weights & Biases."""
-
-    def __init__(self, path: Path | None, iter_num: int, evaluated: bool, wandb_run):
-        """Without a path (another rank, or eval_only) only the terminal is written to."""
-        self.file, self.wandb = None, wandb_run
-        if path:
-            kept = _records_before(path, iter_num, evaluated) if path.is_file() else []
-            partial = path.with_suffix(".tmp")
-            try:
-                partial.write_text("".join(kept), encoding="utf-8")
-                os.replace(partial, path)
-                self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run
-            except OSError as error:
-                raise UserError(f"{path} can't be written: {error.strerror or error}") from error
-        show = path is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=max_iters, initial=iter_num, unit="iter", disable=not show, dynamic_ncols=True)
-
-    def iteration(self, iter_num, loss, lr, grad_norm, seconds, tokens_per_s, mfu) -> None:
-        line = f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"
-        record = {"iter": iter_num, "loss": loss, "lr": lr, "ms": seconds * 1000, "tokens_per_s": tokens_per_s}
-        if mfu is not None:
-            line += f", mfu {mfu * 100:.2f}%"
-            record["mfu"] = mfu
-        record["grad_norm"] = grad_norm
-        self._write(f"{line}, {tokens_per_s:,.0f} tokens/s", record)
-
-    def evaluation(self, step, losses, lr, tokens) -> None:
-        line = f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        record = {"step": step, "train_loss": losses["train"], "val_loss": losses["val"], "lr": lr, "tokens": tokens}
-        self._write(line, record)
-
-    def _write(self, line: str, record: dict) -> None:
-        tqdm.write(line)
-        sys.stdout.flush()
-        if self.file:
-            plain = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
-            try:
-                self.file.write(json.dumps(plain) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.file.name} can't be written: {error.strerror or error}") from error
-        if self.wandb:  # nanoGPT's names
-            theirs = {"step": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}
-            self.wandb.log({theirs.get(key, key): value for key, value in record.items()})
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.file:
-            self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def _records_before(path: Path, iter_num: int, evaluated: bool) -> list[str]:
-    """The lines of a log that a resumed run will not write again; a last line that was torn by a kill is left out."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            again = record["iter"] >= iter_num if "iter" in record else record["step"] >= iter_num + evaluated
-        except (ValueError, TypeError, KeyError):
-            continue
-        if not again:
-            kept.append(line + "\n")
-    return kept
 
 
 def main() -> None:
@@ -464,10 +398,11 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         print(f"tokens per iteration will be: {tokens_per_iter:,}")
         print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
         print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
-    log = Log(Path(out_dir) / checkpoint.LOG if is_writing else None, iter_num, evaluated, wandb_run)
+    log = Log(Path(out_dir) if is_writing else None, iter_num, evaluated, max_iters, wandb_run)
     nth = iter_num * gradient_accumulation_steps + processes.rank  # the micro-batch that comes next
     batch = None if eval_only else training_batch(nth)
-    started, timed = time.perf_counter(), 0  # of the updates since the last log line or evaluation
+    seconds = log.seconds  # in updates, since the run began
+    told, timed = seconds, 0  # the seconds at the last log line, and the updates since
     held = f"what {out_dir} holds is from before: resume it with a lower learning_rate"
     stops = 0.0  # of how many signals all processes know: several have to stop together
     skipped = 0  # updates in a row
@@ -481,13 +416,13 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
                 best_val_loss, evaluated = min(best_val_loss, losses["val"]), True
                 without_better = 0 if improved else without_better + 1
                 if processes.is_master:
-                    log.evaluation(iter_num, losses, get_lr(iter_num), tokens_seen)
+                    log.evaluation(iter_num, losses, get_lr(iter_num), tokens_seen, seconds)
                 if not eval_only:
                     if is_writing:
                         print(f"saving checkpoint to {out_dir}")
                     is_best = iter_num > 0 and (improved or always_save_checkpoint)
                     save(*([checkpoint.BEST] if is_best else []), checkpoint.LAST)
-            started, timed = time.perf_counter(), 0
+                    log.draw()
         if evaluated and iter_num and (best_val_loss <= target_val_loss or 0 < patience <= without_better):
             if processes.is_master:
                 print(f"stopping early: the best validation loss is {best_val_loss:.4f}")
@@ -496,6 +431,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
             break
 
         # One update: its data and its dropout depend on the seed, iter_num and the rank, and on no history
+        began = time.perf_counter()
         raw_model.train()
         torch.manual_seed(data.mix(seed, iter_num, processes.rank))
         lr = get_lr(iter_num)
@@ -535,15 +471,17 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         scaler.update()  # after a fault too: it lowers the scale, and forgets that it has unscaled
         updater.zero_grad(set_to_none=True)
         tokens_seen += tokens_per_iter
+        seconds += time.perf_counter() - began
         timed += 1
 
         if iter_num % log_interval == 0:
-            seconds = (time.perf_counter() - started) / timed
+            each = (seconds - told) / timed  # seconds of an update
             sequences = gradient_accumulation_steps * batch_size / processes.world_size  # of this device
-            mfu = raw_model.estimate_mfu(sequences, seconds, peak) if peak else None
+            mfu = raw_model.estimate_mfu(sequences, each, peak) if peak else None
             if processes.is_master:
-                log.iteration(iter_num, mean_loss, lr, grad_norm, seconds, tokens_per_iter / seconds, mfu)
-            started, timed = time.perf_counter(), 0
+                speed = (each * 1000, tokens_per_iter / each)
+                log.iteration(iter_num, mean_loss, lr, grad_norm, *speed, mfu, tokens_seen, seconds)
+            told, timed = seconds, 0
         iter_num, evaluated = iter_num + 1, False
         log.bar.update()
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import nanogpt
 import numpy as np
@@ -274,10 +275,45 @@ def test_fine_tuning_starts_from_gpt2_weights(tiny, train):
     assert_user_error(train(**{**small, "n_layer": 3, "bias": False}), "n_layer is 2", "bias is True")
 
 
-def test_wandb_gets_the_figures_offline(tiny, train, monkeypatch):
+def wandb_history(path) -> list[dict]:
+    """What an offline run of Weights & Biases holds: protocol buffers in LevelDB's log format, after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole, rows = path.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while at < len(data):
+        if (rest := 32768 - at % 32768) < 7:  # of a block: no room for a header
+            at += rest
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the only part of a record, or its last one
+            record, whole = Record.FromString(whole), b""
+            if record.HasField("history"):
+                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    return rows
+
+
+def test_wandb_gets_every_figure_of_the_log_offline(tiny, start):
+    settings = {**TINY, "wandb_log": True, "wandb_project": "p", "wandb_run_name": "r"}
+    process = start("train.py", *flags(**settings), cwd=tiny, env={**os.environ, "WANDB_MODE": "offline"})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    (path,) = tiny.glob("wandb/offline-run-*/run-*.wandb")
+    names = {"step": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}
+    kept = [{names.get(key, key): value for key, value in record.items()} for record in log_of(tiny / "out")]
+    sent = [{key: value for key, value in row.items() if key[0] != "_"} for row in wandb_history(path)]
+    assert sent == kept and len(kept) == 10 + 3
+
+
+def test_wandb_draws_against_iterations_and_gets_mfu_in_percent(tiny, train, monkeypatch):
     sent = []
 
     class Run:
+        def define_metric(self, name, step_metric):
+            sent.append((name, step_metric))
+
         def log(self, figures):
             sent.append(figures)
 
@@ -287,11 +323,11 @@ def test_wandb_gets_the_figures_offline(tiny, train, monkeypatch):
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **keywords: sent.append(keywords) or Run())
-    train(wandb_log=True, max_iters=2, eval_interval=2, wandb_project="p", wandb_run_name="r")
+    monkeypatch.setattr(runtime, "peak_flops", lambda place, dtype: 1e12)
+    train(wandb_log=True, max_iters=1, wandb_project="p", wandb_run_name="r")
     assert sent[0]["project"] == "p" and sent[0]["name"] == "r" and sent[0]["config"]["n_layer"] == 2
-    assert (
-        {"iter", "train/loss", "val/loss", "lr"} <= sent[1].keys() and sent[2]["iter"] == 0 and sent[-1] == "finished"
-    )
+    assert sent[1] == ("*", "iter") and sent[-1] == "finished"
+    assert sent[3]["mfu"] == pytest.approx(100 * log_of(tiny / "out")[1]["mfu"]) and sent[3]["mfu"] > 0
 
 
 def test_a_run_that_fails_to_start_leaves_the_earlier_one(tiny, train, monkeypatch):
@@ -580,3 +616,42 @@ def test_the_gradients_norm_is_logged_without_clipping_too(tiny, train):
     assert norms[0] == norms[1] and len(norms[0]) == 2 and min(norms[0]) > 0
     free, high = (torch.load(tiny / out / "last.pt")["model"] for out in ("free", "high"))
     assert all(torch.equal(free[name], high[name]) for name in free)
+
+
+def test_tokens_and_seconds_go_on_over_a_resume(tiny, train):
+    train(max_iters=4, eval_interval=3)
+    before = log_of(tiny / "out")
+    train(max_iters=9, eval_interval=3, init_from="resume")
+    after = log_of(tiny / "out")
+    assert after[: len(before)] == before
+    assert [r["tokens"] for r in after] == [128 * (r["iter"] + 1 if "iter" in r else r["step"]) for r in after]
+    seconds = [r["seconds"] for r in after]
+    assert seconds[0] == 0 and seconds == sorted(seconds)
+    for earlier, later in zip(after, after[1:], strict=False):
+        assert later["seconds"] - earlier["seconds"] == pytest.approx(later.get("ms", 0) / 1000)
+
+
+def test_the_time_of_an_update_is_the_mean_since_the_line_before_without_evaluations(tiny, train, monkeypatch):
+    """A clock that goes on by a second at each look: of an update it sees two, wherever it was evaluated."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    train(max_iters=10, eval_interval=3, log_interval=4)
+    lines = [line for line in log_of(tiny / "out") if "iter" in line]
+    assert [line["iter"] for line in lines] == [0, 4, 8]
+    assert [(line["ms"], line["tokens_per_s"], line["seconds"]) for line in lines] == [
+        (1000, 128, 1),
+        (1000, 128, 5),
+        (1000, 128, 9),
+    ]
+
+
+def test_a_log_of_before_tokens_and_seconds_is_completed_by_a_resume(tiny, train):
+    train(max_iters=5)
+    path = tiny / "out" / "log.jsonl"
+    whole = log_of(tiny / "out")
+    old = [{k: v for k, v in r.items() if k != "seconds" and (k != "tokens" or "step" in r)} for r in whole]
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    train(max_iters=7, init_from="resume")
+    completed = log_of(tiny / "out")[: len(whole)]
+    for ours, theirs in zip(completed, whole, strict=True):
+        assert ours["tokens"] == theirs["tokens"] and ours["seconds"] == pytest.approx(theirs["seconds"])

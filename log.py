@@ -1,0 +1,110 @@
+"""What a run reports: lines on the terminal, log.jsonl, curves.png and, where asked for, Weights & Biases.
+
+log.jsonl holds a JSON object a line, with null for a number that is not finite. Of an update: iter, loss, lr, ms and
+tokens_per_s (means over the updates since the line before), mfu where the device's peak is known, and grad_norm. Of an
+evaluation: step, train_loss, val_loss and lr. Of both: tokens, trained on since the run began, and seconds, spent in
+updates since then.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import curves
+from configurator import UserError
+
+WANDB_NAMES = {"step": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's; its mfu is in percent
+DRAWING_SHARE = 0.01  # of the time between two drawings, before the end of a run
+FIRST_DRAWING = 1.0  # seconds that it is expected to take: it imports matplotlib
+
+
+class Log:
+    """The reports of one run, which may have been resumed."""
+
+    def __init__(self, folder: Path | None, iter_num: int, evaluated: bool, max_iters: int, wandb_run):
+        """Goes on where iter_num updates are made. Without a folder (another rank, or eval_only) only the terminal is
+        written to. Raises UserError where the log can't be.
+        """
+        self.file, self.folder, self.wandb = None, folder, wandb_run
+        self.seconds = 0.0  # spent in updates before
+        self.draws, self.is_drawn = folder is not None, False  # whether it can, and whether nothing has come since
+        self.drawn, self.drawing = time.perf_counter(), FIRST_DRAWING  # when it was, and how long it took
+        if folder:
+            self._open(folder / curves.LOG, iter_num, evaluated)
+        show = folder is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=max_iters, initial=iter_num, unit="iter", disable=not show, dynamic_ncols=True)
+
+    def _open(self, path: Path, iter_num: int, evaluated: bool) -> None:
+        """Keeps of an earlier log what this run will not write again."""
+        partial = path.with_suffix(".tmp")
+        try:
+            with open(partial, "w", encoding="utf-8") as kept:
+                for record in curves.records(path) if path.is_file() else ():
+                    begins = record["iter"] if "iter" in record else record["step"] - evaluated
+                    if begins < iter_num:
+                        kept.write(json.dumps(record) + "\n")
+                        self.seconds = record["seconds"] or 0.0
+            os.replace(partial, path)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+
+    def iteration(self, iter_num, loss, lr, grad_norm, ms, tokens_per_s, mfu, tokens, seconds) -> None:
+        line = f"iter {iter_num}: loss {loss:.4f}, time {ms:.2f}ms"
+        record = {"iter": iter_num, "loss": loss, "lr": lr, "ms": ms, "tokens_per_s": tokens_per_s}
+        if mfu is not None:
+            line += f", mfu {mfu * 100:.2f}%"
+            record["mfu"] = mfu
+        record |= {"grad_norm": grad_norm, "tokens": tokens, "seconds": seconds}
+        self._write(f"{line}, {tokens_per_s:,.0f} tokens/s", record)
+
+    def evaluation(self, step, losses, lr, tokens, seconds) -> None:
+        line = f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        record = {"step": step, "train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
+        self._write(line, record | {"tokens": tokens, "seconds": seconds})
+
+    def _write(self, line: str, record: dict) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+        if self.file:
+            plain = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+            try:
+                self.file.write(json.dumps(plain) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.file.name} can't be written: {error.strerror or error}") from error
+            self.is_drawn = False
+        if self.wandb:
+            theirs = {WANDB_NAMES.get(key, key): value for key, value in record.items()}
+            self.wandb.log(theirs if "mfu" not in record else {**theirs, "mfu": 100 * record["mfu"]})
+
+    def draw(self, is_last: bool = False) -> None:
+        """Refreshes curves.png, where matplotlib is there. A drawing that fails is told of once, and stops no run.
+
+        The last one is always made. One before that is, if since the one before it (or the start) a hundred times as
+        long has passed as that took: so drawing takes a hundredth of a long run, and a short one is drawn at its end.
+        """
+        began = time.perf_counter()
+        due = is_last or self.drawing < (began - self.drawn) * DRAWING_SHARE
+        if not self.draws or self.is_drawn or not due:
+            return
+        try:
+            curves.write([curves.read(self.folder, *curves.names_of([self.folder]))], self.folder / curves.PICTURE)
+        except Exception as error:
+            self.draws = False
+            if getattr(error, "name", None) != "matplotlib":
+                print(f"warning: {self.folder / curves.PICTURE} could not be drawn ({error})", file=sys.stderr)
+        self.is_drawn, self.drawn = True, time.perf_counter()
+        self.drawing = self.drawn - began
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        self.draw(is_last=True)
+        if self.wandb:
+            self.wandb.finish()
