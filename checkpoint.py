@@ -10,6 +10,7 @@ No random state is kept, because there is none: data and dropout follow from con
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import os
 import pickle
@@ -28,12 +29,14 @@ from torch.distributed.checkpoint import CheckpointException
 
 import dataset
 import files
+import hf_folder
 import runtime
 import tokenizer
 from configurator import UserError
+from curves import LOG, PICTURE
 from model import CAUSAL_MASKS, GPT, GPT2_MODELS, GPTConfig
 
-BEST, LAST, LOG, LAUNCH = "ckpt.pt", "last.pt", "log.jsonl", ".launch"
+BEST, LAST, LAUNCH = "ckpt.pt", "last.pt", ".launch"
 ZIP_FOLDER = 0x10  # among an archive entry's external attributes
 # nanoGPT may store best_val_loss as a numpy scalar: a dtype and its bytes, no code.
 _NUMPY_SCALAR = [
@@ -184,9 +187,9 @@ def is_of(out_dir: str, launch: str) -> bool:
 
 def set_aside(out_dir: Path) -> None:
     """Moves an earlier run's files out of the way, into out_dir/previous, previous-2, … : nothing is overwritten."""
-    found = [out_dir / name for name in (*_forms(BEST), *_forms(LAST), LOG)]
+    found = [out_dir / name for name in (*_forms(BEST), *_forms(LAST), LOG, PICTURE)]
     found = [path for path in found if path.exists()]
-    if all(path.name == LOG for path in found):
+    if all(path.name in (LOG, PICTURE) for path in found):
         return
     names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
     folder = next(out_dir / name for name in names if not (out_dir / name).exists())
@@ -342,13 +345,25 @@ def _config(model_args: dict, dropout: float) -> GPTConfig:
 
 
 def pretrained(name: str, dropout: float = 0.0) -> GPT:
-    """GPT-2 as GPT.from_pretrained finds it: by name, or in a folder. Raises UserError where it does not."""
+    """What GPT.from_pretrained finds: a GPT-2 by its name, or a folder. Raises UserError where it finds nothing."""
     try:
         return GPT.from_pretrained(name, {"dropout": dropout})
     except ModuleNotFoundError as error:
         raise UserError(f"init_from={name} needs the {error.name} package: pip install -e .[hf]") from error
     except (ValueError, OSError) as error:
         raise UserError(f"init_from={name}: {error}") from error
+
+
+def tokenizer_in(name: str) -> dict | None:
+    """The tokenizer of what `pretrained` loads, as plain data; None where the folder holds none."""
+    if not os.path.isdir(name):
+        return {"type": "gpt2"}
+    found = hf_folder.read_tokenizer(Path(name))
+    with contextlib.suppress(OSError, ValueError):  # GPT-2's own files of tokens are of an older form
+        theirs = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        if not found and theirs["model_type"] == "gpt2" and theirs["vocab_size"] == 50257:
+            return {"type": "gpt2"}
+    return found
 
 
 def check_source(init_from: str, out_dir: str) -> None:
@@ -360,14 +375,14 @@ def check_source(init_from: str, out_dir: str) -> None:
 
 
 def model_and_tokenizer(init_from: str, out_dir: str) -> tuple[GPT, dict | None, dict]:
-    """The model to sample or evaluate: with init_from="resume" that of the checkpoint in out_dir, else a GPT-2.
+    """The model to sample or evaluate: with init_from="resume" that of the checkpoint in out_dir, else from elsewhere.
 
     Returns it on the CPU; its tokenizer as plain data, None where its data set has none; and what else the checkpoint
     holds, without weights and moments, {} for GPT-2. Shards are read whole, so several processes call it before they
     form a group. Raises UserError where anything is missing, damaged, or does not fit the rest.
     """
     if init_from != "resume":
-        model, data, state = pretrained(init_from), {"type": "gpt2"}, {}
+        model, data, state = pretrained(init_from), tokenizer_in(init_from), {}
     else:
         state = load_to_use(out_dir)
         model = build_model(state)

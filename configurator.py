@@ -17,6 +17,7 @@ import ast
 import contextlib
 import difflib
 import errno
+import keyword
 import os
 import re
 import sys
@@ -145,6 +146,7 @@ def _from_argument(argument: str, types_: dict[str, type]) -> tuple[str, object]
     name, equals, text = argument.removeprefix("--").partition("=")
     if not argument.startswith("--") or not equals:
         raise UserError(f"{argument}: write a setting as --key=value")
+    name += "_" * keyword.iskeyword(name)  # --from=… sets from_, as Python has it
     if name not in types_:
         raise UserError(_unknown(name, types_))
     try:
@@ -250,5 +252,8 @@ def _help(scope: dict) -> str:
                 name = token.string
             elif token.type == tokenize.COMMENT and token.start[1] > 0 and name in settings:
                 comments.setdefault(name, token.string.lstrip("# "))
-    rows = [f"  --{k}={v!r}  ({type(v).__name__})  {comments.get(k, '')}".rstrip() for k, v in settings.items()]
+    rows = [
+        f"  --{k.removesuffix('_')}={v!r}  ({type(v).__name__})  {comments.get(k, '')}".rstrip()
+        for k, v in settings.items()
+    ]
     return "\n".join([(scope.get("__doc__") or "").strip(), "", "Settings, with their defaults:", *rows])

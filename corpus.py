@@ -178,9 +178,7 @@ def _publish(folder: Path, shards: Shards, tokenizer: Tokenizer, note: dict | No
     meta |= {key: {split: shards.counts[split][key] for split in SPLITS} for key in keys}
     contents = {"meta.json": json.dumps(meta).encode()}
     if isinstance(tokenizer, CharTokenizer):  # what nanoGPT's own sample.py looks for
-        names = dict(enumerate([*tokenizer.chars, *tokenizer.specials]))
-        ids = {char: i for i, char in enumerate(tokenizer.chars)}
-        contents["meta.pkl"] = pickle.dumps({"vocab_size": tokenizer.vocab_size, "itos": names, "stoi": ids})
+        contents["meta.pkl"] = pickle.dumps(tokenizer.to_nanogpt())
     for name, content in contents.items():
         files.write_through(folder / f"{name}.tmp", content)
     shards.sync()

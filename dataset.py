@@ -29,7 +29,7 @@ _MASK = 2**64 - 1
 
 
 def find(name: str) -> Path:
-    """The folder of data set `name`: data/NAME where the user stands, else beside this file; NAME may be a path.
+    """The folder of data set `name`: data/NAME where the user stands, or beside this file; else NAME itself, a path.
 
     Raises UserError that names the command to prepare it.
     """
@@ -43,7 +43,7 @@ def find(name: str) -> Path:
 
 
 def _places(name: str) -> list[Path]:
-    return [Path("data") / name, Path(__file__).resolve().parent / "data" / name]
+    return [Path("data") / name, Path(__file__).resolve().parent / "data" / name, Path(name)]
 
 
 def _shard_files(folder: Path, split: str) -> list[Path]:

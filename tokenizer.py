@@ -83,6 +83,10 @@ class CharTokenizer:
             text = text.replace(name, "")
         return set(text) <= self._ids.keys()
 
+    def to_nanogpt(self) -> dict:
+        """What nanoGPT keeps in meta.pkl."""
+        return {"vocab_size": self.vocab_size, "itos": dict(enumerate(self._names)), "stoi": self._ids}
+
     def to_data(self) -> dict:
         return {"type": "char", "chars": self.chars, **({"specials": [*self.specials]} if self.specials else {})}
 

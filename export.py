@@ -1,0 +1,203 @@
+"""Takes a trained model elsewhere, and brings models from elsewhere here.
+
+python export.py --out_dir=out-shakespeare-char --to=hf            # a folder for transformers, vLLM and others
+python export.py --out_dir=out-shakespeare-char --to=gguf          # a file for llama.cpp, ollama and others
+python export.py --out_dir=out --to=safetensors --dtype=bfloat16   # our weights, under our names
+python export.py --out_dir=out --to=nanogpt                        # a folder that nanoGPT's scripts take as out_dir
+python export.py --from=SmolLM2-135M --out_dir=out-smollm          # a GPT-2, Qwen3 or Llama becomes out_dir/ckpt.pt
+"""
+
+import configurator
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+out_dir = "out"  # folder of the checkpoint; with --from, where to write one
+init_from = "resume"  # resume (a checkpoint in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
+to = ""  # hf, safetensors, gguf or nanogpt
+from_ = ""  # a folder in Hugging Face's layout, or a .safetensors file written here, that becomes out_dir/ckpt.pt
+path = ""  # what to write; empty: hf, model.safetensors, model-DTYPE.gguf or nanogpt in out_dir
+dtype = "float32"  # float32, bfloat16, float16; of gguf also q8_0
+# ----------------------------------------------------------------------------------------------------------------------
+configurator.configure(globals())
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import files
+import hf_folder
+import tokenizer as tokenizers
+from configurator import UserError
+from model import GPT, GPTConfig
+from tokenizer import CharTokenizer, Tokenizer
+
+NAMES = {"hf": "hf", "safetensors": "model.safetensors", "gguf": "model-{}.gguf", "nanogpt": "nanogpt"}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_settings() -> None:
+    """Raises one UserError with everything that is wrong in the settings."""
+    gguf = to == "gguf"
+    rules = [
+        (bool(to) != bool(from_), f"name one of the two: --to={', '.join(NAMES)}, or --from=PATH"),
+        (to in ("", *NAMES), f"to must be {', '.join(NAMES)}, not {to!r}"),
+        (dtype in (*DTYPES, *["q8_0"] * gguf), f"dtype must be {', '.join(DTYPES)}{', q8_0' * gguf}, not {dtype!r}"),
+        (to != "nanogpt" or dtype == "float32", "nanoGPT's checkpoints are in float32"),
+        (not (from_ and path), "with --from, out_dir is where to write: leave path out"),
+        (not from_ or init_from == "resume", "from and init_from both say where the model comes from: leave one out"),
+    ]
+    looks = []
+    if from_:
+        looks.append(check_origin)
+    else:
+        looks.append(lambda: checkpoint.check_source(init_from, out_dir))
+        looks.append(lambda: check_free(target()) if to in NAMES else None)
+    configurator.check(rules, looks)
+
+
+def check_origin() -> None:
+    if not Path(from_).exists():
+        raise UserError(f"from={from_} is not there: name a folder, or a .safetensors file")
+    check_free(Path(out_dir) / checkpoint.BEST)
+    check_free(Path(out_dir) / checkpoint.LAST)
+
+
+def check_free(place: Path) -> None:
+    if place.exists():
+        raise UserError(f"{place} is there already, and is not overwritten: move it away, or name another place")
+
+
+def target() -> Path:
+    return Path(path) if path else Path(out_dir) / NAMES[to].format(dtype)
+
+
+def without_padding(config: GPTConfig, state: dict[str, torch.Tensor], tokens: Tokenizer | None) -> None:
+    """Leaves out, in place, the rows of the vocabulary that no token has, so that no other program draws them."""
+    if not tokens or tokens.vocab_size == config.vocab_size:
+        return
+    print(f"{config.vocab_size - tokens.vocab_size} rows of the vocabulary are no token's, and left out")
+    config.vocab_size = tokens.vocab_size
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = state[name][: tokens.vocab_size]
+
+
+def write_safetensors(place: Path, config: GPTConfig, state: dict[str, torch.Tensor], tokens: Tokenizer | None) -> None:
+    """Our weights under our names in one file; the rest of what makes the model is its metadata."""
+    from safetensors.torch import save
+
+    about = {"model_args": json.dumps(config.to_args()), "format": "pt"}
+    about |= {"tokenizer": json.dumps(tokens.to_data())} if tokens else {}
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    if config.tie_embeddings:
+        del state["lm_head.weight"]
+    files.write(place, save(state, about))
+
+
+def read_safetensors(place: Path) -> tuple[GPT, dict | None]:
+    """The inverse of write_safetensors, in float32. Raises UserError where it is another kind of file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(place, "pt") as file:
+            about = file.metadata() or {}
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - it is no dict
+        if "model_args" not in about:
+            raise UserError(f"{place} was not written here: name the folder that it lies in, with its config.json")
+        args = json.loads(about["model_args"])
+        state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
+        model = checkpoint.build_model({"model": state, "model_args": args, "path": place})
+        return model, json.loads(about.get("tokenizer", "null"))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{place} can't be read ({str(error)[:300]})") from error
+
+
+def write_nanogpt(place: Path, model: GPT, tokens: dict | None, state: dict) -> None:
+    """A folder for nanoGPT's --out_dir: ckpt.pt, and meta.pkl for its data folder where the tokens are characters."""
+    c = model.config
+    if c.arch != "gpt2":
+        raise UserError(f"nanoGPT knows GPT-2's architecture alone, and this model's is {c.arch}")
+    contents = {
+        "model": model.state_dict(),
+        "model_args": {**c.to_args(), "dropout": 0.0},
+        "iter_num": state.get("iter_num", 0),
+        "best_val_loss": state.get("best_val_loss", math.inf),
+        "config": state.get("config", {}),
+        "tokenizer": tokens,
+    }
+    partial = place.with_name(place.name + ".tmp")
+    partial.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(partial / checkpoint.BEST, contents)
+    if tokens and tokens["type"] == "char":
+        meta = CharTokenizer(tokens["chars"], tokens.get("specials", [])).to_nanogpt()
+        files.write(partial / "meta.pkl", pickle.dumps(meta))
+    files.replace(partial, place)
+    print(
+        "nanoGPT computes GELU in its erf form, this model was trained with the tanh form: losses differ by some 0.0001"
+    )
+
+
+def export() -> None:
+    model, data, state = checkpoint.model_and_tokenizer(init_from, out_dir)
+    place, config = target(), model.config
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if to == "nanogpt":
+        write_nanogpt(place, model, data, state)
+    else:
+        tokens = tokenizers.from_data(data) if data else None
+        if not tokens:
+            print("note: no tokenizer is known for this model, and none is written")
+        kept = getattr(torch, dtype) if dtype in DTYPES and to != "gguf" else torch.float32
+        weights = {name: tensor.to(kept) for name, tensor in model.state_dict().items()}
+        if to in ("hf", "gguf"):
+            without_padding(config, weights, tokens)
+            if config.arch == "gpt2" and not config.bias:
+                print("the biases that this model does not have are written as zeros")
+        if to == "hf":
+            hf_folder.write(place, config, weights, tokens)
+        elif to == "safetensors":
+            write_safetensors(place, config, weights, tokens)
+        else:
+            import to_gguf
+
+            to_gguf.write(place, config, weights, tokens, dtype, Path(out_dir).resolve().name)
+    print(f"wrote {place}")
+
+
+def bring() -> None:
+    """Writes out_dir/ckpt.pt from what --from names."""
+    origin = Path(from_)
+    if origin.is_dir():
+        model, data = checkpoint.pretrained(from_), checkpoint.tokenizer_in(from_)
+    else:
+        model, data = read_safetensors(origin)
+    if data:
+        tokenizers.check_data(data, model.config.vocab_size)
+    else:
+        print("note: it has no tokenizer that could come along")
+    checkpoint.prepare_folder(out_dir)
+    contents = {"model": model.state_dict(), "model_args": model.config.to_args(), "iter_num": 0}
+    contents |= {"best_val_loss": math.inf, "config": {}, "tokenizer": data}
+    with checkpoint.claimed(out_dir):
+        checkpoint.save(Path(out_dir) / checkpoint.BEST, contents)
+    print(
+        f"wrote {Path(out_dir) / checkpoint.BEST}: {model.get_num_params() / 1e6:.2f}M parameters, {model.config.arch}"
+    )
+
+
+def main() -> None:
+    check_settings()
+    try:
+        bring() if from_ else export()
+    except ModuleNotFoundError as error:
+        raise UserError(f"this needs the {error.name} package: pip install -e .[hf]") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or path or out_dir} can't be written: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    with configurator.user_errors():
+        main()

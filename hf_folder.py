@@ -1,0 +1,182 @@
+"""A folder in Hugging Face's layout: config.json, model.safetensors, and the tokenizer's files.
+
+Written and read without transformers, which loads it by AutoModelForCausalLM and AutoTokenizer, as vLLM and others do.
+Of the weights, GPT.from_pretrained reads what is written here; the names and shapes are model.py's.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+import files
+from configurator import UserError
+from model import GPTConfig, hf_config, state_to_hf
+from tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable_bytes
+
+TOKENIZER = "tokenizer.json"
+ANY_CHARACTER = r"[\s\S]"
+# Of GPT-2's tokens by id, two line ends between them: by this they are recognised without a copy of them.
+GPT2_TOKENS = "1448801f0c187622899a3b6fab4faaea405330bfddf2997501c15bbf642f1e23"
+# How others write the ways to split text that are known here: so Llama 3, or Qwen 2, with other numbers of digits.
+_CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
+_CL100K += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KNOWN_SPLITS = {
+    _CL100K.replace("DIGITS", r"\p{N}{1,3}"): "gpt4",
+    _CL100K.replace("DIGITS", r"\p{N}"): "qwen2",
+    **{regex: name for name, regex in PATTERNS.items()},
+}
+# Text on which a tokenizer that is read must agree with the library that wrote it.
+PROBE = (
+    "Hello, world! I'LL say it's 3.14159, 1234567 and ¼ — naïve façade, ﬁn. Größe ÄÖÜß, Привет, мир, こんにちは世界, "
+    "你好，世界, 안녕하세요, שלום עולם, مرحبا بالعالم, नमस्ते, 🙂👩\u200d💻🇩🇪\n\n\t"
+    "def f(x):\r\n        return  x[0]   # a comment   \n  \n"
+    "<b>http://a.b/c?d=e&f=%20</b> $x^2$ ''' \"\"\" \u00a0\u2028\u3000 end. 'tis 'S 'Re 12ab34 x1y22  9 \n 9  "
+)
+
+
+def write(folder: Path, config: GPTConfig, state: dict[str, torch.Tensor], tokenizer: Tokenizer | None) -> None:
+    """Writes the model, in the dtype of `state`, and its tokenizer to a folder that must not be there yet.
+
+    Raises UserError where it is, or where the disk refuses; nothing is left then.
+    """
+    from safetensors.torch import save_file
+
+    theirs = hf_config(config) | {"torch_dtype": str(state["transformer.wte.weight"].dtype).removeprefix("torch.")}
+    end = tokenizer.specials.get(END_OF_TEXT) if tokenizer else None
+    theirs |= {"bos_token_id": end, "eos_token_id": end}
+    partial = folder.with_name(folder.name + ".tmp")
+    if folder.exists():
+        raise UserError(f"{folder} is there already: move it away, or name another with --path")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+            save_file(state_to_hf(config, state), partial / "model.safetensors", metadata={"format": "pt"})
+            if tokenizer:
+                _write_tokenizer(partial, tokenizer, config.block_size)
+            files.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    if isinstance(tokenizer, CharTokenizer):
+        names = {f"<unused {i}>" if char is None else char: i for i, char in enumerate(tokenizer.chars)}
+        theirs = tokenizers.Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+        theirs.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(ANY_CHARACTER), "isolated")
+        theirs.decoder = decoders.Fuse()
+    else:
+        shown = {byte: char for char, byte in printable_bytes().items()}
+        as_shown = {token: "".join(shown[byte] for byte in token) for token in tokenizer.ranks()}
+        merges = [(as_shown[a], as_shown[b]) for a, b in tokenizer.merges()]
+        vocab = {as_shown[token]: i for token, i in tokenizer.ranks().items()}
+        theirs = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+        theirs.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(PATTERNS[tokenizer.pattern]), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        theirs.decoder = decoders.ByteLevel()
+    data = json.loads(theirs.to_str())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    data["added_tokens"] = [{"id": i, "content": name, **flags} for name, i in tokenizer.specials.items()]
+    (folder / TOKENIZER).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+    end = END_OF_TEXT if END_OF_TEXT in tokenizer.specials else None
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "eos_token": end,
+        "bos_token": end,
+    }
+    about |= {"clean_up_tokenization_spaces": False, "add_prefix_space": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def read_tokenizer(folder: Path) -> dict | None:
+    """The tokenizer in tokenizer.json as our plain data; None where there is no such file.
+
+    Raises UserError, which says what to do, for one that is not known here: it is compared with the tokenizers package
+    on text of many scripts, so that none is taken for another.
+    """
+    path = folder / TOKENIZER
+    if not path.exists():
+        return None
+    otherwise = f"to take the weights alone, move {TOKENIZER} away"
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise UserError(f"reading {path} needs the tokenizers package: pip install -e .[hf]") from error
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        data = _as_ours(theirs)
+        ours, peer = from_data(data), tokenizers.Tokenizer.from_file(str(path))
+        probe = PROBE if data["type"] != "char" else "".join(char or "" for char in data["chars"])
+        agrees = ours.encode(probe) == peer.encode(probe, add_special_tokens=False).ids
+    except UserError as problem:
+        raise UserError(f"{path}: {problem}; {otherwise}") from problem
+    except Exception as error:  # the package raises bare Exceptions, and the file may hold anything
+        raise UserError(f"{path} can't be read ({type(error).__name__}: {str(error)[:200]}); {otherwise}") from error
+    if not agrees:
+        raise UserError(f"{path} splits text in a way that is not known here; {otherwise}")
+    return data
+
+
+def _as_ours(theirs: dict) -> dict:
+    model, specials = theirs["model"], {token["content"]: token["id"] for token in theirs.get("added_tokens") or []}
+    if model["type"] == "WordLevel":
+        chars = [None] * (max(model["vocab"].values()) + 1)
+        for char, i in model["vocab"].items():
+            chars[i] = char if len(char) == 1 else None
+        names = sorted(specials, key=specials.__getitem__)
+        if [specials[name] for name in names] != [*range(len(chars), len(chars) + len(names))]:
+            raise UserError("its special tokens do not follow its characters")
+        return {"type": "char", "chars": chars} | ({"specials": names} if names else {})
+    if model["type"] != "BPE":
+        raise UserError(f"it is a {model['type']} tokenizer, and only byte-level BPE and characters are read here")
+    if (normalizer := theirs.get("normalizer")) and normalizer.get("type") != "NFC":
+        raise UserError(f"it changes text before it is split ({normalizer.get('type')}), which is not done here")
+    byte_of = printable_bytes()
+    pattern = _pattern_of(theirs["pre_tokenizer"])
+    vocab: list[str | None] = [None] * (max(model["vocab"].values()) + 1)
+    for token, i in model["vocab"].items():
+        if token not in specials:
+            vocab[i] = "".join(chr(byte_of[char]) for char in token)
+    plain = [token.encode("latin-1") for token in vocab if token is not None]
+    if pattern == "gpt2" and hashlib.sha256(b"\n\n".join(plain)).hexdigest() == GPT2_TOKENS:
+        return {"type": "gpt2"}
+    if normalizer:
+        print(f"note: {TOKENIZER} brings text into Unicode's form NFC, which is not done here", file=sys.stderr)
+    while vocab and vocab[-1] is None:
+        vocab.pop()
+    specials = {name: i for name, i in specials.items() if i >= len(vocab) or vocab[i] is None}
+    data = {"type": "bpe", "pattern": pattern, "vocab": vocab, "specials": specials}
+    return from_data(data).to_data()  # one of our own in its short form
+
+
+def _pattern_of(pre_tokenizer: dict | None) -> str:
+    """Which of PATTERNS it is that text is split by. Raises UserError where it is none of them."""
+    steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
+    if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        raise UserError("it is no byte-level BPE, or puts a space before the text")
+    own = steps[-1].get("use_regex", True)
+    kinds = [step.get("type") for step in steps[:-1]]
+    if own and not kinds:
+        return "gpt2"
+    if own and kinds == ["Digits"] and steps[0].get("individual_digits"):
+        return "smollm"
+    if not own and kinds == ["Split"] and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+        regex = (steps[0].get("pattern") or {}).get("Regex")
+        if regex in KNOWN_SPLITS:
+            return KNOWN_SPLITS[regex]
+    raise UserError(f"it splits text by {json.dumps(steps[:-1])[:300]}, which is not known here")
