@@ -10,7 +10,6 @@ No random state is kept, because there is none: data and dropout follow from con
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pickle
@@ -30,13 +29,14 @@ from torch.distributed.checkpoint import CheckpointException
 import dataset
 import files
 import hf_folder
+import lora
 import runtime
 import tokenizer
 from configurator import UserError
 from curves import LOG, PICTURE
 from model import CAUSAL_MASKS, GPT, GPT2_MODELS, GPTConfig
 
-BEST, LAST, LAUNCH = "ckpt.pt", "last.pt", ".launch"
+BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"
 ZIP_FOLDER = 0x10  # among an archive entry's external attributes
 # nanoGPT may store best_val_loss as a numpy scalar: a dtype and its bytes, no code.
 _NUMPY_SCALAR = [
@@ -187,7 +187,7 @@ def is_of(out_dir: str, launch: str) -> bool:
 
 def set_aside(out_dir: Path) -> None:
     """Moves an earlier run's files out of the way, into out_dir/previous, previous-2, … : nothing is overwritten."""
-    found = [out_dir / name for name in (*_forms(BEST), *_forms(LAST), LOG, PICTURE)]
+    found = [out_dir / name for name in (*_forms(BEST), *_forms(LAST), ADAPTER, LOG, PICTURE)]
     found = [path for path in found if path.exists()]
     if all(path.name in (LOG, PICTURE) for path in found):
         return
@@ -244,10 +244,13 @@ def _forms(name: str) -> list[str]:
     return [name, name.replace(".pt", ".dcp"), name.replace(".pt", ".dcp.old")]
 
 
+def _found(folder: str) -> list[Path]:
+    found = [Path(folder) / form for name in (BEST, LAST) for form in _forms(name)]
+    return [path for path in found if path.is_file() or (path / "plain.pt").is_file()]
+
+
 def _existing(out_dir: str) -> list[Path]:
-    found = [Path(out_dir) / form for name in (BEST, LAST) for form in _forms(name)]
-    found = [path for path in found if path.is_file() or (path / "plain.pt").is_file()]
-    if not found:
+    if not (found := _found(out_dir)):
         raise UserError(f"no checkpoint in {out_dir!r}: train one with --out_dir={out_dir}, or name another folder")
     return found
 
@@ -304,10 +307,11 @@ def _check_sums(path: Path) -> None:
         raise UserError(f"{path} is damaged: the sum of {damaged} in it is wrong")
 
 
-def build_model(state: dict, dropout: float = 0.0) -> GPT:
+def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) -> GPT:
     """The model that a loaded checkpoint describes, with its weights. Raises UserError where the two do not match.
 
-    Of shards, several processes get no weights yet: `load_shards` gives each its part.
+    Adapters are merged, unless keep_adapters, as to train them on. Of shards, several processes get no weights yet:
+    `load_shards` gives each its part.
     """
     if state["model"] is None:
         try:
@@ -324,11 +328,19 @@ def build_model(state: dict, dropout: float = 0.0) -> GPT:
             raise ValueError("its input and output embeddings differ, where this model's are one")
         if config.n_layer > len(state["model"]):
             raise ValueError(f"it has no weights for {config.n_layer} layers")
+        adapted = state.get("lora")
         with torch.device("meta"):  # wrong sizes are found before they take memory
-            GPT(config).load_state_dict(state["model"], assign=True)
+            model = GPT(config)
+            if adapted:
+                lora.attach(model, adapted["rank"], float(adapted["alpha"]))
+            model.load_state_dict(state["model"], assign=True)
         model = GPT(config)
+        if adapted:
+            lora.attach(model, adapted["rank"], float(adapted["alpha"]))
         model.load_state_dict(state["model"])
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        if adapted and not keep_adapters:
+            lora.merge(model)
+    except (ValueError, TypeError, RuntimeError, OverflowError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{state['path']} does not hold the weights that its model_args describe: {error}") from error
     return model
 
@@ -344,54 +356,74 @@ def _config(model_args: dict, dropout: float) -> GPTConfig:
     return GPTConfig(**args)
 
 
-def pretrained(name: str, dropout: float = 0.0) -> GPT:
-    """What GPT.from_pretrained finds: a GPT-2 by its name, or a folder. Raises UserError where it finds nothing."""
+def pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
+    """A model to begin with, and its tokenizer as plain data, None where there is none.
+
+    name: one of GPT2_MODELS, which is downloaded; or a folder (hf:PATH too) in Hugging Face's layout, or with a
+    checkpoint. Raises UserError where it holds neither, or something that is not computed here.
+    """
+    told, name = name, name.removeprefix("hf:")
+    if os.path.isdir(name) and not (Path(name) / "config.json").exists() and _found(name):
+        state = load_to_use(name)
+        return build_model(state, dropout), _tokenizer_of(state)
     try:
-        return GPT.from_pretrained(name, {"dropout": dropout})
+        model = GPT.from_pretrained(name, {"dropout": dropout})
     except ModuleNotFoundError as error:
-        raise UserError(f"init_from={name} needs the {error.name} package: pip install -e .[hf]") from error
+        raise UserError(f"init_from={told} needs the {error.name} package: pip install -e .[hf]") from error
     except (ValueError, OSError) as error:
-        raise UserError(f"init_from={name}: {error}") from error
+        raise UserError(f"init_from={told}: {error}") from error
+    data = hf_folder.read_tokenizer(Path(name)) if os.path.isdir(name) else {"type": "gpt2"}
+    if data is None and (model.config.arch, model.config.vocab_size) == ("gpt2", tokenizer.GPT2Tokenizer.vocab_size):
+        data = {"type": "gpt2"}  # its own files of tokens are of an older form
+    return model, data
 
 
-def tokenizer_in(name: str) -> dict | None:
-    """The tokenizer of what `pretrained` loads, as plain data; None where the folder holds none."""
-    if not os.path.isdir(name):
-        return {"type": "gpt2"}
-    found = hf_folder.read_tokenizer(Path(name))
-    with contextlib.suppress(OSError, ValueError):  # GPT-2's own files of tokens are of an older form
-        theirs = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        if not found and theirs["model_type"] == "gpt2" and theirs["vocab_size"] == 50257:
-            return {"type": "gpt2"}
-    return found
+def _tokenizer_of(state: dict) -> dict | None:
+    name = str(state["config"].get("dataset"))
+    return state.get("tokenizer") or dataset.tokenizer_of(name, state["model_args"]["vocab_size"])
 
 
 def check_source(init_from: str, out_dir: str) -> None:
     """Raises UserError where init_from is neither resume, with a checkpoint in out_dir, nor a GPT-2 or a folder."""
     if init_from == "resume":
         to_use(out_dir)
-    elif init_from not in GPT2_MODELS and not os.path.isdir(init_from):
+    elif init_from not in GPT2_MODELS and not os.path.isdir(init_from.removeprefix("hf:")):
         raise UserError(f"init_from={init_from} is not resume, {', '.join(GPT2_MODELS)}, nor a folder")
 
 
-def model_and_tokenizer(init_from: str, out_dir: str) -> tuple[GPT, dict | None, dict]:
+def model_and_tokenizer(init_from: str, out_dir: str, adapter: str = "") -> tuple[GPT, dict | None, dict]:
     """The model to sample or evaluate: with init_from="resume" that of the checkpoint in out_dir, else from elsewhere.
 
-    Returns it on the CPU; its tokenizer as plain data, None where its data set has none; and what else the checkpoint
-    holds, without weights and moments, {} for GPT-2. Shards are read whole, so several processes call it before they
-    form a group. Raises UserError where anything is missing, damaged, or does not fit the rest.
+    adapter: a file that `train.py --lora_rank` wrote, to be merged. Returns the model on the CPU; its tokenizer as
+    plain data, None where its data set has none; and what else the checkpoint holds, without weights and moments, {}
+    for one from elsewhere. Shards are read whole, so several processes call it before they form a group. Raises
+    UserError where anything is missing, damaged, or does not fit the rest.
     """
     if init_from != "resume":
-        model, data, state = pretrained(init_from), tokenizer_in(init_from), {}
+        (model, data), state = pretrained(init_from), {}
     else:
         state = load_to_use(out_dir)
         model = build_model(state)
+        data = _tokenizer_of(state)
         state = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
-        name = str(state["config"].get("dataset"))
-        data = state.get("tokenizer") or dataset.tokenizer_of(name, model.config.vocab_size)
+    if adapter:
+        merge_adapter(model, Path(adapter))
     if data is not None:
         tokenizer.check_data(data, model.config.vocab_size)
     return model, data, state
+
+
+def merge_adapter(model: GPT, path: Path) -> None:
+    """Merges the adapters in `path` with the model that they were trained on. Raises UserError where they don't fit."""
+    state = load(path)
+    try:
+        lora.attach(model, state["lora"]["rank"], float(state["lora"]["alpha"]))
+        left = model.load_state_dict(state["model"], strict=False)
+    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} does not fit this model: {error}") from error
+    if left.unexpected_keys or any(name.endswith(lora.PARTS) for name in left.missing_keys):
+        raise UserError(f"{path} does not fit this model: it has adapters for other layers")
+    lora.merge(model)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:

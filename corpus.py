@@ -56,7 +56,7 @@ NOTE = "prepare.json"  # the place, in the data set's folder
 class Recipe:
     """How documents become a data set."""
 
-    tokenizer: str = "gpt2"  # char, byte, gpt2 or bpe
+    tokenizer: str = "gpt2"  # char, byte, gpt2, bpe, or a folder whose tokenizer to take
     vocab_size: int = 0  # of bpe; 0 is BPE_VOCABULARY
     pattern: str = "gpt4"  # of bpe
     field: str = "text"  # of .jsonl and .parquet
@@ -69,7 +69,10 @@ class Recipe:
         """One line for everything that is wrong."""
         least = 256 + len(SPECIALS)
         rules = [
-            (self.tokenizer in TOKENIZERS, f"tokenizer must be {', '.join(TOKENIZERS)}, not {self.tokenizer!r}"),
+            (
+                self.tokenizer in TOKENIZERS or Path(self.tokenizer).is_dir(),
+                f"tokenizer must be {', '.join(TOKENIZERS)}, or a folder that holds one, not {self.tokenizer!r}",
+            ),
             (
                 self.vocab_size == 0 or least <= self.vocab_size < 2**24,
                 f"vocab_size must be at least {least} (256 bytes, {len(SPECIALS)} special tokens), and no giant, "
@@ -327,6 +330,8 @@ class Preparation:
 
     def make_tokenizer(self) -> Tokenizer:
         """The recipe's tokenizer, made of the text where it is of that kind."""
+        if self.recipe.tokenizer not in TOKENIZERS:
+            return tokenizer_at(Path(self.recipe.tokenizer))
         if self.recipe.tokenizer == "gpt2":
             return GPT2Tokenizer()
         if self.recipe.tokenizer == "byte":
@@ -428,6 +433,29 @@ class Preparation:
         show = sys.stderr.isatty()
         how = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "disable": not show}
         return tqdm(desc=what, total=self.ends[-1], initial=read, **how)
+
+
+def tokenizer_at(folder: Path) -> Tokenizer:
+    """The tokenizer of a data set, of a model in Hugging Face's layout, or of a checkpoint.
+
+    Raises UserError where the folder has none, or one without the token that is to stand behind each document.
+    """
+    if (folder / "meta.json").exists():
+        data = json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("tokenizer")
+    elif (folder / "tokenizer.json").exists():
+        import hf_folder  # torch takes seconds to load, and is needed for nothing else here
+
+        data = hf_folder.read_tokenizer(folder)
+    else:
+        import checkpoint
+
+        data = checkpoint.load_to_use(str(folder)).get("tokenizer")
+    if not data:
+        raise UserError(f"{folder} has no tokenizer")
+    tokenizer = from_data(data)
+    if END_OF_TEXT not in tokenizer.specials:
+        raise UserError(f"the tokenizer of {folder} has no {END_OF_TEXT}, which is to stand behind each document")
+    return tokenizer
 
 
 def _stamp(path: Path) -> tuple[int, int]:

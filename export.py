@@ -16,6 +16,7 @@ init_from = "resume"  # resume (a checkpoint in out_dir), gpt2, gpt2-medium, gpt
 to = ""  # hf, safetensors, gguf or nanogpt
 from_ = ""  # a folder in Hugging Face's layout, or a .safetensors file written here, that becomes out_dir/ckpt.pt
 path = ""  # what to write; empty: hf, model.safetensors, model-DTYPE.gguf or nanogpt in out_dir
+adapter = ""  # an adapter.pt of train.py --lora_rank, to be merged with the model that init_from names
 dtype = "float32"  # float32, bfloat16, float16; of gguf also q8_0
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
@@ -48,6 +49,8 @@ def check_settings() -> None:
         (dtype in (*DTYPES, *["q8_0"] * gguf), f"dtype must be {', '.join(DTYPES)}{', q8_0' * gguf}, not {dtype!r}"),
         (to != "nanogpt" or dtype == "float32", "nanoGPT's checkpoints are in float32"),
         (not (from_ and path), "with --from, out_dir is where to write: leave path out"),
+        (not (from_ and adapter), "an adapter is merged when a model is taken elsewhere: leave it out with --from"),
+        (not adapter or Path(adapter).is_file(), f"adapter={adapter} is no file"),
         (not from_ or init_from == "resume", "from and init_from both say where the model comes from: leave one out"),
     ]
     looks = []
@@ -141,7 +144,7 @@ def write_nanogpt(place: Path, model: GPT, tokens: dict | None, state: dict) -> 
 
 
 def export() -> None:
-    model, data, state = checkpoint.model_and_tokenizer(init_from, out_dir)
+    model, data, state = checkpoint.model_and_tokenizer(init_from, out_dir, adapter)
     place, config = target(), model.config
     place.parent.mkdir(parents=True, exist_ok=True)
     if to == "nanogpt":
@@ -171,7 +174,7 @@ def bring() -> None:
     """Writes out_dir/ckpt.pt from what --from names."""
     origin = Path(from_)
     if origin.is_dir():
-        model, data = checkpoint.pretrained(from_), checkpoint.tokenizer_in(from_)
+        model, data = checkpoint.pretrained(from_)
     else:
         model, data = read_safetensors(origin)
     if data:

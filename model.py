@@ -390,7 +390,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if needs_grad:
             grad_hidden = torch.empty_like(h_all)
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.float32)
         counted = targets != ignore_index
         rows = max(1, LOSS_CHUNK_LOGITS // weight.size(0))
@@ -406,7 +406,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits.scatter_add_(1, target, torch.full_like(log_norm, -1.0))
                 grad_logits = grad_logits.mul_(keep).to(dtype)
                 grad_hidden[part] = grad_logits @ w
-                grad_weight += grad_logits.T @ h
+                if grad_weight is not None:  # else the head is frozen
+                    grad_weight += grad_logits.T @ h
         count = counted.sum()
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight, count)
@@ -417,7 +418,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: torch.Tensor):
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad_loss / count.clamp(min=1)
-        return (grad_hidden * scale).to(ctx.dtypes[0]), (grad_weight * scale).to(ctx.dtypes[1]), None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.dtypes[1])
+        return (grad_hidden * scale).to(ctx.dtypes[0]), grad_weight, None, None
 
 
 def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1):

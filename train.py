@@ -20,7 +20,7 @@ log_interval = 1  # iterations between two log lines
 eval_iters = 200  # micro-batches read in an evaluation of one split, at the most
 eval_only = False  # evaluate once and stop; nothing is written
 always_save_checkpoint = True  # ckpt.pt holds the latest evaluated state; False: the best by validation loss
-init_from = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with GPT-2 weights
+init_from = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder: a checkpoint's, hf:PATH
 # Weights & Biases
 wandb_log = False  # send the figures to Weights & Biases too; WANDB_MODE=offline keeps them here
 wandb_project = "owt"  # project name there
@@ -42,6 +42,8 @@ tie_embeddings = True  # one matrix for input and output; False only with qwen3
 activation_checkpointing = (
     False  # keep less for the backward pass and compute it again: a third slower, for small cards
 )
+lora_rank = 0  # train matrices of this rank beside the frozen weights of the model that init_from names; 0 is off
+lora_alpha = 0.0  # they count alpha / rank times; 0 is twice the rank
 # Optimizer
 optimizer = "adamw"  # adamw, or muon: Muon for the blocks' matrices, AdamW for all else
 learning_rate = 6e-4  # the highest rate; with muon, of vectors (norms, biases) alone
@@ -93,6 +95,7 @@ import torch
 
 import checkpoint
 import dataset as data
+import lora
 import optimizer as optimizers
 import runtime
 from configurator import UserError
@@ -133,6 +136,10 @@ def check_settings() -> None:
         (not fsdp or "RANK" in os.environ, "fsdp divides a model among processes: start them with torchrun"),
         (not fsdp or dtype != "float16", "fsdp has no gradient scaler: take dtype=bfloat16, or float32"),
         (fsdp or not sharded_checkpoint, "sharded_checkpoint is of runs with fsdp=True"),
+        (0 <= lora_rank < 2**16, f"lora_rank must be 0 (off) or a rank, not {lora_rank}"),
+        (0 <= lora_alpha < math.inf, f"lora_alpha must be 0 (twice the rank) or a positive number, not {lora_alpha}"),
+        (not lora_rank or init_from != "scratch", "lora_rank adapts a model that exists: name one with init_from"),
+        (not lora_rank or (optimizer == "adamw" and not fsdp), "lora_rank takes optimizer=adamw, and no fsdp"),
         (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (
             not decay_lr or warmup_iters != lr_decay_iters,
@@ -144,7 +151,7 @@ def check_settings() -> None:
             f"multiple of their number ({world_size})",
         ),
         (
-            init_from in ("scratch", "resume", *GPT2_MODELS) or os.path.isdir(init_from),
+            init_from in ("scratch", "resume", *GPT2_MODELS) or os.path.isdir(init_from.removeprefix("hf:")),
             f"init_from={init_from} is not scratch, resume, {', '.join(GPT2_MODELS)}, nor a folder",
         ),
     ]
@@ -185,10 +192,11 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
         state = checkpoint.load_furthest(out_dir)
         source = str(state["path"])
         print(f"Resuming training from {source} at iteration {state['iter_num']}")
-        model = checkpoint.build_model(state, dropout)
+        model = checkpoint.build_model(state, dropout, keep_adapters=True)
     else:
         print(f"Initializing from {init_from} weights")
-        model, source = checkpoint.pretrained(init_from, dropout), init_from
+        (model, tokenizer_data), source = checkpoint.pretrained(init_from, dropout), init_from
+        state = {"tokenizer": tokenizer_data}
     have = dataclasses.asdict(model.config)
     problems = [
         f"{name} is {have[name]} in {source}, and can't be {globals()[name]}: leave it out"
@@ -203,8 +211,13 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
         problems.append(
             f"block_size can't be lowered from {have['block_size']} in shards: make one file of {source} first"
         )
+    if init_from == "resume" and "lora_rank" in _given and lora_rank != state.get("lora", {}).get("rank", 0):
+        problems.append(f"{source} was trained with another lora_rank: leave it out, or begin with init_from={out_dir}")
     if problems:
         raise UserError(*problems)
+    if lora_rank and init_from != "resume":
+        state["lora"] = {"rank": lora_rank, "alpha": lora_alpha or 2.0 * lora_rank}
+        lora.attach(model, **state["lora"])
     if "block_size" in _given and block_size < have["block_size"]:
         model.crop_block_size(block_size)
     return model, state
@@ -317,7 +330,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
     iter_num, tokens_seen = state.get("iter_num", 0), state.get("tokens_seen", 0)
     best_val_loss, evaluated = state.get("best_val_loss", math.inf), state.get("evaluated", False)
     without_better = state.get("without_better", 0)  # evaluations in a row
-    tokenizer_data = state.get("tokenizer") or meta["tokenizer"]
+    tokenizer_data, adapted = state.get("tokenizer") or meta["tokenizer"], state.get("lora")
     config = configurator.settings_of(globals()) | {name: getattr(raw_model.config, name) for name in _ARCHITECTURE}
     del state
     model = raw_model
@@ -380,6 +393,11 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
                 checkpoint.save_shards(path, contents, raw_model, updater, is_writing)
             return
         contents["model"] = runtime.gather(raw_model.state_dict(), processes)
+        if adapted:
+            contents["lora"] = adapted
+            if is_writing and checkpoint.BEST in names:  # what there is to pass on
+                alone_standing = {"model": lora.adapters(contents["model"]), "model_args": model_args, "lora": adapted}
+                checkpoint.save(Path(out_dir) / checkpoint.ADAPTER, alone_standing)
         contents["optimizer"] = runtime.gather(updater.state_dict(), processes)
         for name in names if is_writing else ():
             checkpoint.save(Path(out_dir) / name, contents)
@@ -397,6 +415,10 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
     if processes.is_master:
         print(f"tokens per iteration will be: {tokens_per_iter:,}")
         print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
+        if adapted:
+            print(
+                f"of which are trained: {sum(p.numel() for p in raw_model.parameters() if p.requires_grad) / 1e6:.3f}M"
+            )
         print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
     log = Log(Path(out_dir) if is_writing else None, iter_num, evaluated, max_iters, wandb_run)
     nth = iter_num * gradient_accumulation_steps + processes.rank  # the micro-batch that comes next

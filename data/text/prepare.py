@@ -19,7 +19,7 @@ import configurator
 
 source = ""  # a file, a folder, or a glob in quotes
 out = ""  # folder of the data set; empty is this script's own
-tokenizer = "gpt2"  # char, byte, gpt2, or bpe: byte pairs of this text's own
+tokenizer = "gpt2"  # char, byte, gpt2, bpe (byte pairs of this text's own), or a folder: of a data set, or of a model
 vocab_size = 0  # of bpe: tokens in all, special ones included; 0 is 8192
 pattern = "gpt4"  # of bpe: how text is split before bytes are merged, as for gpt4 or gpt2
 field = "text"  # where a line of .jsonl, or a .parquet file, holds the text
