@@ -160,6 +160,29 @@ class BPETokenizer:
     def token_bytes(self, i: int) -> bytes:
         return self._bpe.decode_single_token_bytes(i)
 
+    def ranks(self) -> dict[bytes, int]:
+        """The ids of all tokens but the special ones, in their order. A lower one merges first."""
+        return {self.token_bytes(i): i for i in range(self.vocab_size - len(self.specials))}
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """Of which two tokens each longer one is made, in the order of the ids: what other BPEs keep instead of ranks.
+
+        These are the last two parts into which its own bytes merge. A token whose bytes stop at more parts has none:
+        nothing makes it, and tiktoken takes it only for a whole word.
+        """
+        ranks, found = self.ranks(), []
+        for token in ranks:
+            parts = [token[n : n + 1] for n in range(len(token))]
+            while len(parts) > 2:
+                their = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+                n = their.index(min(their))
+                if their[n] == len(ranks):
+                    break
+                parts[n : n + 2] = [parts[n] + parts[n + 1]]
+            if len(parts) == 2:
+                found.append((parts[0], parts[1]))
+        return found
+
     def can_write(self, text: str) -> bool:
         return True
 
@@ -188,12 +211,20 @@ class GPT2Tokenizer(BPETokenizer):
 Tokenizer = CharTokenizer | BPETokenizer
 
 
+def printable(data: bytes) -> str:
+    """Bytes as other BPEs write their tokens: one character of GPT-2's printable alphabet each."""
+    return data.decode("latin-1").translate(_PRINTABLE)
+
+
 def _printable_bytes() -> dict[str, int]:
     """The byte that each character of GPT-2's printable alphabet stands for: printable ones of Latin-1 are themselves,
     the rest are numbered on from 256."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(moved)}
+
+
+_PRINTABLE = {byte: char for char, byte in _printable_bytes().items()}
 
 
 class TextStream:
