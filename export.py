@@ -17,7 +17,7 @@ to = ""  # hf, safetensors, gguf or nanogpt
 from_ = ""  # a folder in Hugging Face's layout, or a .safetensors file written here, that becomes out_dir/ckpt.pt
 path = ""  # what to write; empty: hf, model.safetensors, model-DTYPE.gguf or nanogpt in out_dir
 adapter = ""  # an adapter.pt of train.py --lora_rank, to be merged with the model that init_from names
-dtype = "float32"  # float32, bfloat16, float16; of gguf also q8_0
+dtype = "float32"  # float32, bfloat16, float16, or f32, bf16, f16; of gguf also q8_0
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
 
@@ -37,7 +37,12 @@ from model import GPT, GPTConfig
 from tokenizer import CharTokenizer, Tokenizer
 
 NAMES = {"hf": "hf", "safetensors": "model.safetensors", "gguf": "model-{}.gguf", "nanogpt": "nanogpt"}
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # and what they are called in GGUF
+
+
+def full_dtype() -> str:
+    """dtype as torch calls it."""
+    return {short: name for name, short in DTYPES.items()}.get(dtype, dtype)
 
 
 def check_settings() -> None:
@@ -46,8 +51,11 @@ def check_settings() -> None:
     rules = [
         (bool(to) != bool(from_), f"name one of the two: --to={', '.join(NAMES)}, or --from=PATH"),
         (to in ("", *NAMES), f"to must be {', '.join(NAMES)}, not {to!r}"),
-        (dtype in (*DTYPES, *["q8_0"] * gguf), f"dtype must be {', '.join(DTYPES)}{', q8_0' * gguf}, not {dtype!r}"),
-        (to != "nanogpt" or dtype == "float32", "nanoGPT's checkpoints are in float32"),
+        (
+            full_dtype() in (*DTYPES, *["q8_0"] * gguf),
+            f"dtype must be {', '.join(DTYPES)}{', q8_0' * gguf}, not {dtype!r}",
+        ),
+        (to != "nanogpt" or full_dtype() == "float32", "nanoGPT's checkpoints are in float32"),
         (not (from_ and path), "with --from, out_dir is where to write: leave path out"),
         (not (from_ and adapter), "an adapter is merged when a model is taken elsewhere: leave it out with --from"),
         (not adapter or Path(adapter).is_file(), f"adapter={adapter} is no file"),
@@ -75,7 +83,7 @@ def check_free(place: Path) -> None:
 
 
 def target() -> Path:
-    return Path(path) if path else Path(out_dir) / NAMES[to].format(dtype)
+    return Path(path) if path else Path(out_dir) / NAMES[to].format(DTYPES.get(full_dtype(), dtype))
 
 
 def without_padding(config: GPTConfig, state: dict[str, torch.Tensor], tokens: Tokenizer | None) -> None:
@@ -153,7 +161,7 @@ def export() -> None:
         tokens = tokenizers.from_data(data) if data else None
         if not tokens:
             print("note: no tokenizer is known for this model, and none is written")
-        kept = getattr(torch, dtype) if dtype in DTYPES and to != "gguf" else torch.float32
+        kept = getattr(torch, full_dtype()) if to != "gguf" else torch.float32
         weights = {name: tensor.to(kept) for name, tensor in model.state_dict().items()}
         if to in ("hf", "gguf"):
             without_padding(config, weights, tokens)
@@ -166,7 +174,10 @@ def export() -> None:
         else:
             import to_gguf
 
-            to_gguf.write(place, config, weights, tokens, dtype, Path(out_dir).resolve().name)
+            short = DTYPES.get(full_dtype(), dtype)
+            to_gguf.write(place, config, weights, tokens, short, Path(out_dir).resolve().name)
+            if config.arch == "gpt2" and config.block_size % 256:
+                print(f"llama.cpp can't go beyond this model's {config.block_size} positions: bound the text with -n")
     print(f"wrote {place}")
 
 

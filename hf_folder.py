@@ -15,7 +15,7 @@ import torch
 import files
 from configurator import UserError
 from model import GPTConfig, hf_config, state_to_hf
-from tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable_bytes
+from tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable, printable_bytes
 
 TOKENIZER = "tokenizer.json"
 ANY_CHARACTER = r"[\s\S]"
@@ -76,10 +76,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
         theirs.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(ANY_CHARACTER), "isolated")
         theirs.decoder = decoders.Fuse()
     else:
-        shown = {byte: char for char, byte in printable_bytes().items()}
-        as_shown = {token: "".join(shown[byte] for byte in token) for token in tokenizer.ranks()}
-        merges = [(as_shown[a], as_shown[b]) for a, b in tokenizer.merges()]
-        vocab = {as_shown[token]: i for token, i in tokenizer.ranks().items()}
+        merges = [(printable(a), printable(b)) for a, b in tokenizer.merges()]
+        vocab = {printable(token): i for token, i in tokenizer.ranks().items()}
         theirs = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
         theirs.pre_tokenizer = pre_tokenizers.Sequence(
             [

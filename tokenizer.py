@@ -227,12 +227,20 @@ class GPT2Tokenizer(BPETokenizer):
 Tokenizer = CharTokenizer | BPETokenizer
 
 
+def printable(data: bytes) -> str:
+    """Bytes as other BPEs write their tokens: one character of GPT-2's printable alphabet each."""
+    return data.decode("latin-1").translate(_PRINTABLE)
+
+
 def printable_bytes() -> dict[str, int]:
     """The byte that each character of GPT-2's printable alphabet stands for: printable ones of Latin-1 are themselves,
     the rest are numbered on from 256."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(moved)}
+
+
+_PRINTABLE = {byte: char for char, byte in printable_bytes().items()}
 
 
 class TextStream:

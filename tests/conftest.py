@@ -154,7 +154,7 @@ def shakespeare() -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gpt2_bpe() -> None:
     """Skips where tiktoken can't find GPT-2's tokens."""
     from configurator import UserError

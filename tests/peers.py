@@ -88,46 +88,16 @@ def transformers(dtype: str, streams: int, tokens: int):
 def llama_cpp(dtype: str, streams: int, tokens: int):
     import ctypes
 
-    import gguf
     import llama_cpp as lib
     import numpy as np
     import torch
 
+    import to_gguf
+
     model = network()
     path = Path(tempfile.mkdtemp()) / "model.gguf"
-    kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[dtype]
-    kind = getattr(gguf.GGMLQuantizationType, kind)
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(SHAPE["block_size"])
-    writer.add_embedding_length(SHAPE["n_embd"])
-    writer.add_feed_forward_length(4 * SHAPE["n_embd"])
-    writer.add_block_count(SHAPE["n_layer"])
-    writer.add_head_count(SHAPE["n_head"])
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_vocab_size(SHAPE["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"}
-    names |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    top = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm"}
-    top |= {"lm_head": "output"}
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            module, leaf = name.rsplit(".", 1)
-            if module in top:
-                target = top[module]
-            else:
-                _, _, layer, rest = module.split(".", 3)
-                target = f"blk.{layer}.{names[rest]}"
-            data = tensor.float().numpy()
-            if data.ndim == 2 and "wpe" not in name:
-                data = gguf.quants.quantize(data, kind)
-                writer.add_tensor(f"{target}.{leaf}", data, raw_dtype=kind)
-            else:
-                writer.add_tensor(f"{target}.{leaf}", data.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    kind = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}[dtype]
+    to_gguf.write(path, model.config, model.state_dict(), None, kind, "GPT-2")
     quiet = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(quiet, None)
     llama_cpp.keep = quiet

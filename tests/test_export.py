@@ -199,6 +199,40 @@ def test_nanogpt_reads_its_folder(here, run, request, network):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# llama.cpp; more in test_to_gguf.py
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("network", ["gpt2 without biases", "qwen3", "llama"])
+def test_the_gguf_file_is_named_after_its_dtype_and_holds_the_vocabulary(here, run, request, network, dtype):
+    gguf = pytest.importorskip("gguf")
+    tokens = tokens_of("bpe", request)
+    trained(here / "out", network, tokens)
+    result = run("export.py", "--to=gguf", f"--dtype={dtype}")
+    assert result.code == 0, result.err
+    short = {"f32": "f32", "bfloat16": "bf16", "q8_0": "q8_0"}[dtype]
+    reader = gguf.GGUFReader(here / "out" / f"model-{short}.gguf")
+    assert reader.fields["general.architecture"].contents() == network.split()[0]
+    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == tokens.vocab_size
+    assert ("zeros" in result.out) == ("bound the text" in result.out) == (network == "gpt2 without biases")
+
+
+@pytest.mark.parametrize("network", ["gpt2", "qwen3 grouped, untied", "llama"])
+def test_llama_cpp_writes_the_text_of_sample_py(here, run, request, network):
+    pytest.importorskip("llama_cpp")
+    from test_to_gguf import Llama
+
+    tokens = tokens_of("bpe", request)
+    trained(here / "out", network, tokens)
+    arguments = flags(num_samples=1, max_new_tokens=40, temperature=0, start="It's 5", device="cpu")
+    ours = run("sample.py", *arguments).out.split("\n---")[0]
+    assert run("export.py", "--to=gguf").code == 0
+    llama = Llama(here / "out" / "model-f32.gguf")
+    theirs = llama.generate(llama.encode("It's 5"), 40)
+    assert b"".join(map(llama.token_bytes, theirs)).decode("utf-8", "replace").startswith(ours.rstrip("\ufffd"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers from elsewhere
 
 

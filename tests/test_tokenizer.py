@@ -240,6 +240,35 @@ def test_encoding_merges_by_rank(bpe):
         assert bpe.encode(word) == [ranks[part] for part in parts], word
 
 
+def test_merges_encode_as_ranks_do(bpe):
+    """In the tokenizers package, which knows only merges."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {tokenizer.printable(token): i for token, i in bpe.ranks().items()}
+    merges = [tuple(map(tokenizer.printable, pair)) for pair in bpe.merges()]
+    assert len(merges) == len(vocab) - 256
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    pattern = tokenizers.Regex(PATTERNS[bpe.to_data()["pattern"]])
+    shown = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, shown])
+    assert theirs.encode(TEXT).ids == bpe.encode(TEXT)
+
+
+def test_merges_of_gpt2_are_those_that_openai_published(gpt2_bpe):
+    from tiktoken.load import read_file_cached
+
+    bpe = GPT2Tokenizer()
+    published = read_file_cached("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe")
+    lines = published.decode().splitlines()[1:]
+    assert [" ".join(map(tokenizer.printable, pair)) for pair in bpe.merges()] == lines and len(lines) == 50000
+
+
+def test_a_token_that_no_two_others_make_has_no_merge():
+    bpe = BPETokenizer.of_merges([b"ab", b"xyz", b"abc", b"abab"], "gpt4")
+    assert bpe.merges() == [(b"a", b"b"), (b"ab", b"c"), (b"ab", b"ab")]
+    assert bpe.encode("xyz") == [257] and len(bpe.encode("xyzx")) == 4
+
+
 def test_too_little_text_for_the_vocabulary_is_refused():
     pytest.importorskip("tokenizers")
     with pytest.raises(UserError, match="vocab_size=1000 is more than this text allows"):
