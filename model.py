@@ -323,16 +323,17 @@ class CausalSelfAttention(nn.Module):
             k, v, mask = cache.extend(self.layer, k, v)
         if self.n_kv != self.n_head:  # each head of keys and values serves several of queries
             k, v = (t.repeat_interleave(self.n_head // self.n_kv, dim=1) for t in (k, v))
+        in_tiles = self.training and cache is None and T <= CPU_TILED_ATTENTION
         if torch.compiler.is_exporting():  # a compiled step: written out, it becomes loops of its own
             scores = (q * k).sum(-1, keepdim=True).transpose(2, 3) / math.sqrt(self.head_dim)  # (B, n_head, 1, end)
             weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
             y = (weights.transpose(2, 3) * v).sum(2, keepdim=True)
-        elif self.training and x.device.type == "cpu" and v.dtype == torch.bfloat16 and T <= CPU_TILED_ATTENTION:
+        elif in_tiles and x.device.type == "cpu" and v.dtype == torch.bfloat16:
             y = TiledAttention.apply(q, k, v, self.dropout)
         else:
-            dropout = self.dropout if self.training else 0.0
+            dropout, is_causal = self.dropout if self.training else 0.0, mask is None and T > 1
             q, k = q.to(v.dtype), k.to(v.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         y = y.to(qkv.dtype).transpose(1, 2).reshape(B, T, -1)
         return self.resid_dropout(self.c_proj(y))
 
