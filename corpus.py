@@ -272,7 +272,7 @@ class Preparation:
         self.passage = PASSAGE
         if len(paths) == 1:
             self.passage = max(1, min(PASSAGE, self.sizes[0] // PASSAGES_OF_A_FILE))
-        self.workers = recipe.workers or _cores()
+        self.workers = recipe.workers or cores()
         told = [dataclasses.asdict(dataclasses.replace(recipe, workers=0))]
         told += [validation, [str(path) for path in paths], self.stamps]
         self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -470,7 +470,7 @@ def _move(bar: tqdm, place: int) -> None:
     bar.update(place - bar.n)
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,8 +1,9 @@
-"""Decoding speed beside other programs, in one run: the table in the README.
+"""Speed beside other programs, in one run: of decoding, the table in the README, and of preparing data.
 
     python tests/peers.py                        # GPT-2 124M with random weights, one stream, then 16
     python tests/peers.py --streams=1 --rounds=3
     python tests/peers.py --sample=out-shakespeare-char   # sample.py's default work, as whole processes
+    python tests/peers.py --prepare=FILE.jsonl            # a data set of GPT-2's tokens, beside tiktoken by itself
 
 Each program sits in a process of its own, loaded and warm, and they take turns; a figure is the median over the rounds,
 and the ratio is that of ours to it. transformers and llama.cpp (`pip install transformers llama-cpp-python gguf`) are
@@ -168,6 +169,34 @@ def compare_samples(folder: str, rounds: int) -> None:
     print(json.dumps(record))
 
 
+def compare_preparations(path: str, rounds: int) -> None:
+    """Preparing a data set, reading and writing included, in turns with tiktoken's encode_ordinary_batch on as many
+    threads, which has the texts at hand and throws the ids away."""
+    import contextlib
+    import io
+
+    import tiktoken
+
+    import corpus
+    from documents import pieces_of
+
+    texts = [piece.text for piece in pieces_of(Path(path), "text")]
+    size, threads, encoding = sum(len(text.encode()) for text in texts), corpus.cores(), tiktoken.get_encoding("gpt2")
+    seconds = {"ours": [], "tiktoken": []}
+    for _ in range(rounds):
+        began = time.perf_counter()
+        encoding.encode_ordinary_batch(texts, num_threads=threads)
+        seconds["tiktoken"].append(time.perf_counter() - began)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            began = time.perf_counter()
+            corpus.prepare(Path(folder), path, corpus.Recipe("gpt2", workers=threads))
+            seconds["ours"].append(time.perf_counter() - began)
+    record = {name: size / statistics.median(its) / 1e6 for name, its in seconds.items()}
+    record["ratio"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["tiktoken"], strict=True))
+    print(f"{threads} threads, {size / 1e6:.0f} MB: MB/s, and how many times as fast as tiktoken by itself")
+    print(json.dumps(record))
+
+
 def work(name: str, dtype: str, streams: int, tokens: int) -> None:
     """A worker: gets ready, then for each line on stdin generates and answers with its tokens a second."""
     import torch
@@ -189,10 +218,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", nargs=2, metavar=("NAME", "DTYPE"))
     parser.add_argument("--sample", metavar="OUT_DIR", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--prepare", metavar="FILE", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--sample_slowly", metavar="OUT_DIR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.sample:
         return compare_samples(options.sample, options.rounds)
+    if options.prepare:
+        return compare_preparations(options.prepare, options.rounds)
     if options.sample_slowly:
         return sample_as_nanogpt_does(options.sample_slowly)
     if options.work:

@@ -441,5 +441,7 @@ def test_nothing_else_imports_transformers():
 
 def test_where_transformers_is_missing_one_line_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"^hf\.py needs the transformers package: pip install -e \.\[transformers\]$"):
+    with pytest.raises(
+        ImportError, match=r"^hf\.py needs the transformers package: pip install -e \.\[transformers\]$"
+    ):
         runpy.run_path(hf.__file__)
