@@ -28,7 +28,7 @@ from tqdm import tqdm
 import download
 import files
 from configurator import UserError, check
-from documents import PASSAGE, files_of, is_held_out, needs, pieces_of
+from documents import PACKED, PASSAGE, files_of, is_held_out, needs, pieces_of
 from tokenizer import (
     END_OF_TEXT,
     PATTERNS,
@@ -44,6 +44,7 @@ from tokenizer import (
 SPLITS = ("train", "val")
 TOKENIZERS = ("char", "byte", "gpt2", "bpe")
 PASSAGES_OF_A_FILE = 256  # at the least, where one text file is all there is
+SHORTEST_PASSAGE = 64  # characters
 BATCH_CHARS = 2**19  # what a thread encodes at a time
 BPE_VOCABULARY = 8192
 SAVE_SECONDS = 5.0  # between two notes of the place
@@ -70,7 +71,7 @@ class Recipe:
         least = 256 + len(SPECIALS)
         rules = [
             (
-                self.tokenizer in TOKENIZERS or Path(self.tokenizer).is_dir(),
+                self.tokenizer in TOKENIZERS or os.path.isdir(os.path.expanduser(self.tokenizer)),
                 f"tokenizer must be {', '.join(TOKENIZERS)}, or a folder that holds one, not {self.tokenizer!r}",
             ),
             (
@@ -247,7 +248,7 @@ def prepare(
     validation: if files have this in their names, what they hold is held out, in place of a share of all. Raises
     UserError for all that is wrong with the recipe, and for sources that can't be read.
     """
-    paths = []
+    paths, source, folder = [], os.path.expanduser(source), folder.expanduser()
     if by_source := bool(source) or fetched is None:
         check([(False, line) for line in recipe.problems()], [lambda: paths.extend(files_of(source))])
     else:
@@ -271,11 +272,15 @@ class Preparation:
         self.ends = [0, *itertools.accumulate(self.sizes)]
         self.passage = PASSAGE
         if len(paths) == 1:
-            self.passage = max(1, min(PASSAGE, self.sizes[0] // PASSAGES_OF_A_FILE))
+            size = self.sizes[0] if paths[0].suffix not in PACKED else self._unpacked_size()
+            self.passage = max(SHORTEST_PASSAGE, min(PASSAGE, size // PASSAGES_OF_A_FILE))
         self.workers = recipe.workers or cores()
         told = [dataclasses.asdict(dataclasses.replace(recipe, workers=0))]
-        told += [validation, [str(path) for path in paths], self.stamps]
+        told += [validation, [str(path.resolve()) for path in paths], self.stamps]
         self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def _unpacked_size(self) -> int:
+        return sum(len(piece.text.encode("utf-8", "replace")) for piece in pieces_of(self.paths[0], self.recipe.field))
 
     def run(self) -> None:
         with _disk_errors(self.folder):
@@ -310,7 +315,10 @@ class Preparation:
         """The note of an earlier, unfinished preparation of the same files by the same recipe; else nothing."""
         try:
             note = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
-            return note if note["identity"] == self.identity else {}
+            if note["identity"] == self.identity:
+                return note
+            print("note: what was begun here is of another text or recipe: beginning anew", file=sys.stderr)
+            return {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
@@ -331,7 +339,7 @@ class Preparation:
     def make_tokenizer(self) -> Tokenizer:
         """The recipe's tokenizer, made of the text where it is of that kind."""
         if self.recipe.tokenizer not in TOKENIZERS:
-            return tokenizer_at(Path(self.recipe.tokenizer))
+            return tokenizer_at(Path(self.recipe.tokenizer).expanduser())
         if self.recipe.tokenizer == "gpt2":
             return GPT2Tokenizer()
         if self.recipe.tokenizer == "byte":
@@ -440,10 +448,12 @@ def tokenizer_at(folder: Path) -> Tokenizer:
 
     Raises UserError where the folder has none, or one without the token that is to stand behind each document.
     """
-    if (folder / "meta.json").exists():
-        data = json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("tokenizer")
+    if (folder / "meta.json").exists() or (folder / "meta.pkl").exists():
+        import dataset  # with it comes torch, which takes seconds to load, and is needed for nothing else here
+
+        data = dataset.load_meta(folder)["tokenizer"]
     elif (folder / "tokenizer.json").exists():
-        import hf_folder  # torch takes seconds to load, and is needed for nothing else here
+        import hf_folder
 
         data = hf_folder.read_tokenizer(folder)
     else:

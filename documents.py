@@ -24,8 +24,10 @@ PACKED = (".gz", ".zst")
 PROSE = ".txt .text .md .rst .tex"
 CODE = ".py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .java .kt .scala .js .jsx .ts .tsx .go .rs .rb .php .swift .cs .sh"
 CODE += " .sql .r .jl .lua .pl .hs .ml .ex .erl .clj .lisp .el .vim .css .html"
-KINDS = {*PROSE.split(), *CODE.split(), ".jsonl", ".parquet"}  # what is taken of a folder
+JSONL = (".jsonl", ".ndjson")
+KINDS = {*PROSE.split(), *CODE.split(), *JSONL, ".parquet"}  # what is taken of a folder
 READ_BYTES = 2**20  # of a file, at a time
+ZST_BYTES = 2**9  # packed, that are unpacked at a time: they may become 32,768 times as many
 PASSAGE = 2**14  # characters of a text file that are held out, or not, as one
 
 
@@ -45,21 +47,38 @@ def files_of(source: str) -> list[Path]:
     if not source:
         raise UserError("name your text with --source=PATH: a file, a folder, or a glob in quotes")
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # Path's own methods raise for names that are too long
         return [path]
-    if path.is_dir():
-        found = [Path(top) / name for top, folders, names in os.walk(path, onerror=_cannot_list) for name in names]
-        found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        taken = [file for file in found if _kind(file) in KINDS and file.is_file()]
-        if others := sorted(
-            {file.suffix or file.name for file in found} - {file.suffix or file.name for file in taken}
-        ):
-            print(f"note: {len(found) - len(taken)} files are left out: {', '.join(others)[:200]}", file=sys.stderr)
+    if os.path.isdir(path):
+        found = [
+            file for file in _below(path) if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]
+        taken = [file for file in found if _kind(file) in KINDS and (file.is_file() or file.is_symlink())]
+        if len(taken) < len(found):
+            others = ", ".join(sorted({file.suffix or file.name for file in set(found) - set(taken)}))
+            print(f"note: {len(found) - len(taken)} files are left out: {others[:200]}", file=sys.stderr)
     else:
-        taken = [Path(name) for name in glob.glob(source, recursive=True) if os.path.isfile(name)]
+        found = glob.glob(source, recursive=True)
+        taken = [Path(name) for name in found if not os.path.isdir(name)]
+        if taken and len(taken) < len(found):
+            left_out = f"{len(found) - len(taken)} folders are left out"
+            print(f"note: {left_out}: to take what is in them, write ** in the glob", file=sys.stderr)
     if not taken:
         raise UserError(f"no text at {source!r}: --source=PATH names a file, a folder with text, or a glob in quotes")
     return sorted(taken, key=lambda file: file.as_posix())
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, behind links too, but no folder twice: links may form a circle."""
+    seen = set()
+    for top, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        here = os.path.realpath(top)
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders.sort()
+        yield from (Path(top) / name for name in names)
 
 
 def _cannot_list(error: OSError) -> None:
@@ -78,11 +97,13 @@ def pieces_of(path: Path, field: str, passage: int = PASSAGE) -> Iterator[Piece]
     the place of what can't be read.
     """
     try:
+        if path.suffix in PACKED and path.stat().st_size == 0:
+            raise UserError(f"{path} is damaged: it is empty")
         with open(path, "rb") as raw, _unpacked(path, raw) as file:
             if _kind(path) == ".parquet":
                 yield from _of_parquet(path, file, field)
             else:
-                texts = _of_jsonl(path, file, field) if _kind(path) == ".jsonl" else _of_text(path, file, passage)
+                texts = _of_jsonl(path, file, field) if _kind(path) in JSONL else _of_text(path, file, passage)
                 for text, is_end in texts:
                     yield Piece(text, is_end, raw.tell())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -111,7 +132,7 @@ class _Zstandard(io.RawIOBase):
 
     def __init__(self, path: Path, raw: IO[bytes]):
         self._zstandard, self._raw = needs("zstandard", f"reading {path}"), raw
-        self._frame, self._packed, self._held = None, b"", b""
+        self._frame, self._packed, self._held = None, b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -123,13 +144,14 @@ class _Zstandard(io.RawIOBase):
                 if self._frame:
                     raise EOFError("it ends in the middle")
                 return 0
+            part, self._packed = self._packed[:ZST_BYTES], self._packed[ZST_BYTES:]
             try:
                 self._frame = self._frame or self._zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                self._held, self._packed = self._frame.decompress(self._packed), b""
+                self._held = memoryview(self._frame.decompress(part))
             except self._zstandard.ZstdError as error:
                 raise EOFError(error) from error
             if self._frame.eof:
-                self._frame, self._packed = None, self._frame.unused_data
+                self._frame, self._packed = None, self._frame.unused_data + self._packed
         count = min(len(buffer), len(self._held))
         buffer[:count], self._held = self._held[:count], self._held[count:]
         return count
@@ -163,15 +185,19 @@ def _of_text(path: Path, file: IO[bytes], passage: int) -> Iterator[tuple[str, b
             end = held.rfind("\n", begin, begin + passage) + 1 or begin + passage
             yield held[begin:end], False
             begin = end
-    yield from _passages(held[begin:] + _decoded(path, decoder, b"", read), passage)
+    rest = held[begin:] + _decoded(path, decoder, b"", read)
+    yield from _passages(rest.lstrip("\n") if at_start else rest, passage)
 
 
 def _decoded(path: Path, decoder: io.IncrementalNewlineDecoder, block: bytes, read: int) -> str:
     try:
-        return decoder.decode(block, final=not block)
+        text = decoder.decode(block, final=not block)
     except UnicodeDecodeError as error:
         place = read - len(error.object) + error.start
         raise UserError(f"{path} is no UTF-8 text: byte {place} is {error.object[error.start]:#04x}") from error
+    if "\0" in text:
+        raise UserError(f"{path} is no text: it holds NUL characters")
+    return text
 
 
 def _passages(document: str, passage: int) -> Iterator[tuple[str, bool]]:
@@ -189,7 +215,7 @@ def _of_jsonl(path: Path, file: IO[bytes], field: str) -> Iterator[tuple[str, bo
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_int=float)  # Python refuses to read integers of thousands of digits
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(record, dict) or field not in record:
@@ -211,10 +237,12 @@ def _of_parquet(path: Path, file: IO[bytes], field: str) -> Iterator[Piece]:
             raise UserError(f"{path} has no column {field!r}, but {there[:200]}: use --field=NAME")
         size, rows, row = path.stat().st_size, max(1, table.metadata.num_rows), 0
         for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 row += 1
-                if text := _checked(value, f"{path}, row {row}"):
+                if text := _checked(value.as_py(), f"{path}, row {row}"):
                     yield Piece(text, True, size * row // rows)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, row {row} is no UTF-8 text: byte {error.start}") from error
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no parquet file, or damaged: {str(error)[:200]}") from error
 

@@ -50,6 +50,8 @@ def hub_files(repo: str, places: Sequence[tuple[str, str]], folder: Path, max_fi
     places: (revision, folder in the repository), of which the first that holds such files counts. max_files: how many
     of the files, by name; 0 is all. Raises UserError where the hub can't be reached or the disk has no room for them.
     """
+    if max_files < 0:
+        raise UserError(f"max_files must be 0 (all) or a number of files, not {max_files}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         listed = folder / "files.json"

@@ -85,7 +85,7 @@ def check_settings() -> None:
 @functools.cache  # once: it may be a pipe
 def read_source() -> str:
     try:
-        return tokenizer.decode_text(Path(source).read_bytes(), source)
+        return tokenizer.decode_text(Path(source).expanduser().read_bytes(), source)
     except (OSError, ValueError) as error:
         raise UserError(f"source={source}: {getattr(error, 'strerror', None) or error}") from error
 

@@ -14,7 +14,7 @@
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from configurator import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # of a BPE that is trained here; two wait for chats (ChatML)
+LONGEST_SPACE = 10_000  # characters of white space; tiktoken's patterns fail on hundreds of thousands
 # How text is split before bytes are merged: in GPT-2, in GPT-4 (OpenAI's tiktoken, cl100k_base) and Llama 3, in Qwen 2
 # and 3, and where GPT-2's comes after each digit was set apart (SmolLM).
 PATTERNS = {
@@ -141,21 +142,33 @@ class BPETokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """With `special`, as in a prompt, the names of special tokens become their ids; else they are text."""
-        return (
-            self._bpe.encode(text, allowed_special=set(self.specials)) if special else self._bpe.encode_ordinary(text)
+        allowed = set(self.specials) if special else set()
+        found = self._in_parts(
+            lambda part: self._bpe.encode(part, allowed_special=allowed, disallowed_special=()), text
         )
+        return found[0] if len(found) == 1 else [i for ids in found for i in ids]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """As encode, without special tokens; uint32. Other threads can run meanwhile."""
-        return self._bpe.encode_to_numpy(text, disallowed_special=())
+        found = self._in_parts(lambda part: self._bpe.encode_to_numpy(part, disallowed_special=()), text)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    @staticmethod
+    def _in_parts(encode: Callable, text: str) -> list:
+        """What `encode` makes of the text; of its parts, where white space is too long for tiktoken's patterns."""
+        try:
+            return [encode(text)]
+        except ValueError:
+            parts = re.split(rf"(\s{{{LONGEST_SPACE}}})", text)
+            if len(parts) == 1:
+                raise
+            return [encode(part) for part in parts if part]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes. What is no UTF-8 is encoded byte by byte."""
         parts = re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape"))
         encoded = [
-            self._bpe.encode_ordinary(part)
-            if n % 2 == 0
-            else [self._bpe.encode_single_token(bytes([ord(part) - 0xDC00]))]
+            self.encode(part) if n % 2 == 0 else [self._bpe.encode_single_token(bytes([ord(part) - 0xDC00]))]
             for n, part in enumerate(parts)
         ]
         return [i for ids in encoded for i in ids]
@@ -165,10 +178,17 @@ class BPETokenizer:
         return codecs.getincrementaldecoder("utf-8")("replace").decode(self.decode_bytes(ids))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return self._bpe.decode_bytes(list(ids))
+        try:
+            return self._bpe.decode_bytes(list(ids))
+        except KeyError:  # an id that is free
+            return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, i: int) -> bytes:
-        return self._bpe.decode_single_token_bytes(i)
+        """Nothing for an id that is free."""
+        try:
+            return self._bpe.decode_single_token_bytes(i)
+        except KeyError:
+            return b""
 
     def can_write(self, text: str) -> bool:
         return True

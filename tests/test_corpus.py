@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import os
@@ -447,3 +448,21 @@ def test_a_new_data_set_leaves_nothing_of_the_old_one(tmp_path, stories):
     prepare(out, str(tmp_path / "src"), Recipe("byte"))
     assert contents(out).keys() == {"train.bin", "val.bin", "meta.json"}
     assert sum(map(len, read_back(out).values())) == 300
+
+
+def test_the_same_text_packed_gives_the_same_data_set(tmp_path):
+    text = "".join(f"line {n} of a text\n" for n in range(2000))
+    (tmp_path / "a.txt").write_text(text)
+    with gzip.open(tmp_path / "a.txt.gz", "wb") as file:
+        file.write(text.encode())
+    for name in ("a.txt", "a.txt.gz"):
+        prepare(tmp_path / f"out {name}", str(tmp_path / name), Recipe("byte"))
+    assert contents(tmp_path / "out a.txt") == contents(tmp_path / "out a.txt.gz")
+
+
+def test_a_folder_without_a_usable_tokenizer_is_one_problem(tmp_path, stories):
+    for name, content in (("torn", "{oops"), ("odd", "[1]"), ("none", '{"vocab_size": 5}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(content)
+        with pytest.raises(UserError, match=name):
+            prepare(tmp_path / "out", str(tmp_path / "src"), Recipe(str(tmp_path / name)))

@@ -1,7 +1,11 @@
 import gzip
 import json
+import struct
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import documents
 from configurator import UserError
@@ -152,7 +156,7 @@ def test_a_damaged_file_is_named(tmp_path, kind, damage):
     [
         ('{"text": "a"', "line 2 is no JSON"),
         ("[1]", "line 2 has no field 'text'"),
-        ('{"text": 3}', "line 2 holds no text, but int"),
+        ('{"text": 3}', "line 2 holds no text, but float"),
         ("[" * 100_000, "line 2 is no JSON"),
         (b'{"text": "\xff"}', "line 2 is no JSON"),
     ],
@@ -166,7 +170,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 
 @pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
 def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, name, package):
-    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(UserError, match=rf"{package} package: pip install -e \.\[data\]"):
         read(tmp_path / name)
@@ -178,3 +182,58 @@ def test_the_held_out_share_is_a_share():
     assert all(is_held_out(str(n).encode(), 0.2) for n in range(20_000) if chosen[n]), (
         "a larger share holds the smaller"
     )
+
+
+def test_bytes_in_a_parquet_file_that_are_no_text_are_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    ends = pyarrow.py_buffer(struct.pack("<3i", 0, 4, 6))
+    column = pyarrow.StringArray.from_buffers(2, ends, pyarrow.py_buffer(b"good\xff\xfe"))
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet, row 2 is no UTF-8 text"):
+        read(tmp_path / "a.parquet")
+
+
+def test_links_are_followed_once_and_a_broken_one_is_named(tmp_path):
+    for name in ("src", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "other" / "b.txt").write_text("b")
+    (tmp_path / "src" / "a.txt").write_text("a")
+    (tmp_path / "src" / "linked").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "circle").symlink_to(tmp_path / "src")
+    assert [path.name for path in files_of(str(tmp_path / "src"))] == ["a.txt", "b.txt"]
+    (tmp_path / "src" / "broken.txt").symlink_to(tmp_path / "nowhere")
+    broken = next(path for path in files_of(str(tmp_path / "src")) if path.name == "broken.txt")
+    with pytest.raises(UserError, match="broken.txt can't be read"):
+        read(broken)
+
+
+def test_what_a_glob_leaves_out_is_told(tmp_path, capsys):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    assert files_of(f"{tmp_path}/*") == [tmp_path / "a.txt"]
+    assert "1 folders are left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--source=PATH"):
+        files_of("a" * 300)
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"name" + bytes(500) + b"text")
+    with pytest.raises(UserError, match="a.tar is no text: it holds NUL"):
+        read(tmp_path / "a.tar")
+    (tmp_path / "a.txt.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="a.txt.gz is damaged: it is empty"):
+        read(tmp_path / "a.txt.gz")
+    (tmp_path / "a.ndjson").write_text('{"text": "x", "n": ' + "9" * 5000 + "}")
+    assert read(tmp_path / "a.ndjson") == ["x"]
+
+
+def test_a_file_that_unpacks_to_a_thousand_times_its_size_takes_no_memory(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"the same line\n" * 10_000_000))
+    code = (
+        f"import resource, documents; from pathlib import Path; pieces = documents.pieces_of(Path({str(tmp_path)!r}, "
+    )
+    code += "'a.txt.zst'), 'text'); [next(pieces) for _ in range(200)]; "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 120 * 1024, done.stderr  # KiB; all of it would be 140 MB more

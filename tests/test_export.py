@@ -55,7 +55,7 @@ def tokens_of(kind: str, request):
 def trained(folder, network: str, tokens, padding: int = 5) -> GPT:
     """A checkpoint in folder, whose vocabulary has some rows more than there are tokens."""
     changes = NETWORKS[network]
-    model = shaken(GPTConfig(64, tokens.vocab_size + padding, 2, 4, 32, **changes))
+    model = shaken(GPTConfig(128, tokens.vocab_size + padding, 2, 4, 32, **changes))
     contents = {"model": model.state_dict(), "model_args": model.config.to_args(), "tokenizer": tokens.to_data()}
     folder.mkdir()
     checkpoint.save(folder / "ckpt.pt", {**contents, "iter_num": 7, "best_val_loss": 1.5, "config": {}})
@@ -97,8 +97,10 @@ def test_transformers_loads_the_folder_and_computes_the_same(here, run, request,
         losses = [F.cross_entropy(its[:, :-1].flatten(0, 1), idx[:, 1:].flatten()) for its in (found, expected)]
     assert abs(losses[0] - losses[1]) < 1e-4
     prompt, stop = ids[:6], theirs.generation_config.eos_token_id
-    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert out[0].tolist() == greedy(ours, prompt, 50, tokens.vocab_size)
+    out = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert out[0].tolist() == greedy(ours, prompt, 100, tokens.vocab_size)
     assert stop == tokens.specials["<|endoftext|>"] and theirs.num_parameters() > 1000
 
 

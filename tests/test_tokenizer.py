@@ -291,3 +291,21 @@ def test_text_shows_whole_characters_of_ones_own_tokens(bpe):
     shown = "".join(stream.feed(i) for i in bpe.encode("日本語 naïve 🙂 more")) + stream.finish()
     assert shown == "日本語 naïve " and stream.is_done
     assert np.array_equal(bpe.encode_to_numpy(""), [])
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t", " \n"])
+def test_a_million_spaces_are_encoded(bpe, space):
+    text = "a" + space * 1_000_000 + "b"
+    assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.decode(bpe.encode_to_numpy(text).tolist()) == text
+
+
+def test_ids_that_are_free_stand_for_nothing():
+    data = {
+        "type": "bpe",
+        "pattern": "gpt2",
+        "vocab": [*map(chr, range(256)), None, None, "th"],
+        "specials": {"<|x|>": 256},
+    }
+    bpe = tokenizer.from_data(data)
+    assert bpe.token_bytes(257) == b"" and bpe.decode([258, 257, 101]) == "the"

@@ -20,6 +20,8 @@ out = ""  # folder of the data set, and of what is downloaded; empty is this scr
 max_files = 0  # of those on the hub, how many; 0 is all
 tokenizer = "gpt2"  # gpt2, byte, char, or bpe: byte pairs of this text's own
 vocab_size = 0  # of bpe: tokens in all, special ones included; 0 is 8192
+field = "text"  # where files of --source hold the text
+skip_bad_files = False  # leave out, with a note, files that can't be read as they should; False: stop at the first
 val_share = 0.001  # of the documents is held out for validation
 shard_tokens = 100_000_000  # tokens in a file, at the most
 workers = 0  # threads; 0 is one a core. The result is the same
@@ -31,7 +33,7 @@ import download
 
 def main() -> None:
     folder, name = Path(out or Path(__file__).parent), "fineweb-edu" if edu else "fineweb"
-    recipe = corpus.Recipe(tokenizer, vocab_size, val_share=val_share, shard_tokens=shard_tokens, workers=workers)
+    recipe = corpus.Recipe(tokenizer, vocab_size, "gpt4", field, skip_bad_files, val_share, shard_tokens, workers)
     places, below = [("main", "sample/10BT")], folder / "source" / name
     corpus.prepare(
         folder, source, recipe, lambda: download.hub_files(f"HuggingFaceFW/{name}", places, below, max_files)

@@ -10,7 +10,6 @@ A source is a file, a folder or a glob: text, Markdown and source code, one docu
 started again, it goes on where it was.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ import corpus
 
 def main() -> None:
     recipe = corpus.Recipe(tokenizer, vocab_size, pattern, field, skip_bad_files, val_share, shard_tokens, workers)
-    corpus.prepare(Path(out or Path(__file__).parent), os.path.expanduser(source), recipe)
+    corpus.prepare(Path(out or Path(__file__).parent), source, recipe)
 
 
 if __name__ == "__main__":
