@@ -13,6 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# The most memory that a process has had, in KiB. getrusage's maximum begins with that of the process that started it.
+PRINT_PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "offline")
 

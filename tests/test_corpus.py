@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import PRINT_PEAK, ROOT
 
 import corpus
 import dataset
@@ -298,9 +298,9 @@ def test_shards_that_are_gone_begin_anew(tmp_path, stories, monkeypatch, capsys)
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    code = "import sys, resource, corpus; from pathlib import Path; "
+    code = "import sys, corpus; from pathlib import Path; "
     code += "corpus.prepare(Path(sys.argv[2]), sys.argv[1], corpus.Recipe('byte', workers=2)); "
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code += PRINT_PEAK
     peaks = []
     for name, count in (("small", 200_000), ("large", 1_600_000)):
         with open(tmp_path / f"{name}.txt", "w") as file:
