@@ -118,7 +118,7 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
 
 def drop_other_forms(path: Path) -> None:
     """Once a checkpoint is saved as a file, or as shards, what it was before in the other form is stale."""
-    for form in map(path.with_name, _forms(path.with_suffix(".pt").name)):
+    for form in map(path.with_name, forms(path.with_suffix(".pt").name)):
         if form != path and form.exists():
             shutil.rmtree(form) if form.is_dir() else form.unlink()
 
@@ -181,13 +181,13 @@ def forget_launch(out_dir: str) -> None:
 def is_of(out_dir: str, launch: str) -> bool:
     """Whether out_dir holds a checkpoint of a run that this launch began."""
     path = Path(out_dir) / LAUNCH
-    begun = any((Path(out_dir) / form).exists() for form in _forms(LAST))
+    begun = any((Path(out_dir) / form).exists() for form in forms(LAST))
     return begun and path.is_file() and path.read_text(encoding="utf-8") == launch
 
 
 def set_aside(out_dir: Path) -> None:
     """Moves an earlier run's files out of the way, into out_dir/previous, previous-2, … : nothing is overwritten."""
-    found = [out_dir / name for name in (*_forms(BEST), *_forms(LAST), ADAPTER, LOG, PICTURE)]
+    found = [out_dir / name for name in (*forms(BEST), *forms(LAST), ADAPTER, LOG, PICTURE)]
     found = [path for path in found if path.exists()]
     if all(path.name in (LOG, PICTURE) for path in found):
         return
@@ -239,13 +239,13 @@ def _tell(problems: list[str]) -> None:
         print(f"warning: {problem}; the other checkpoint serves", file=sys.stderr)
 
 
-def _forms(name: str) -> list[str]:
+def forms(name: str) -> list[str]:
     """Of a checkpoint: the file, the folder of shards, and what that is called while it is being replaced."""
     return [name, name.replace(".pt", ".dcp"), name.replace(".pt", ".dcp.old")]
 
 
 def _found(folder: str) -> list[Path]:
-    found = [Path(folder) / form for name in (BEST, LAST) for form in _forms(name)]
+    found = [Path(folder) / form for name in (BEST, LAST) for form in forms(name)]
     return [path for path in found if path.is_file() or (path / "plain.pt").is_file()]
 
 
@@ -373,8 +373,9 @@ def pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
     except (ValueError, OSError) as error:
         raise UserError(f"init_from={told}: {error}") from error
     data = hf_folder.read_tokenizer(Path(name)) if os.path.isdir(name) else {"type": "gpt2"}
-    if data is None and (model.config.arch, model.config.vocab_size) == ("gpt2", tokenizer.GPT2Tokenizer.vocab_size):
-        data = {"type": "gpt2"}  # its own files of tokens are of an older form
+    is_gpt2 = (model.config.arch, model.config.vocab_size) == ("gpt2", tokenizer.GPT2Tokenizer.vocab_size)
+    if data is None and is_gpt2 and hf_folder.may_be_gpt2(Path(name)):
+        data = {"type": "gpt2"}
     return model, data
 
 
@@ -406,6 +407,8 @@ def model_and_tokenizer(init_from: str, out_dir: str, adapter: str = "") -> tupl
         model = build_model(state)
         data = _tokenizer_of(state)
         state = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+    if adapter and state.get("lora"):
+        raise UserError(f"the checkpoint in {out_dir} has its adapters in it: leave out adapter={adapter}")
     if adapter:
         merge_adapter(model, Path(adapter))
     if data is not None:
@@ -417,6 +420,8 @@ def merge_adapter(model: GPT, path: Path) -> None:
     """Merges the adapters in `path` with the model that they were trained on. Raises UserError where they don't fit."""
     state = load(path)
     try:
+        if state["base"] != lora.fingerprint(model.state_dict()):
+            raise ValueError("it was trained beside other weights")
         lora.attach(model, state["lora"]["rank"], float(state["lora"]["alpha"]))
         left = model.load_state_dict(state["model"], strict=False)
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:

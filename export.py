@@ -23,7 +23,9 @@ configurator.configure(globals())
 
 import json
 import math
+import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import torch
@@ -58,7 +60,7 @@ def check_settings() -> None:
         (to != "nanogpt" or full_dtype() == "float32", "nanoGPT's checkpoints are in float32"),
         (not (from_ and path), "with --from, out_dir is where to write: leave path out"),
         (not (from_ and adapter), "an adapter is merged when a model is taken elsewhere: leave it out with --from"),
-        (not adapter or Path(adapter).is_file(), f"adapter={adapter} is no file"),
+        (not adapter or os.path.isfile(adapter), f"adapter={adapter} is no file"),
         (not from_ or init_from == "resume", "from and init_from both say where the model comes from: leave one out"),
     ]
     looks = []
@@ -71,14 +73,15 @@ def check_settings() -> None:
 
 
 def check_origin() -> None:
-    if not Path(from_).exists():
+    if not os.path.exists(from_):
         raise UserError(f"from={from_} is not there: name a folder, or a .safetensors file")
-    check_free(Path(out_dir) / checkpoint.BEST)
-    check_free(Path(out_dir) / checkpoint.LAST)
+    for name in (checkpoint.BEST, checkpoint.LAST, checkpoint.ADAPTER):
+        for form in checkpoint.forms(name):
+            check_free(Path(out_dir) / form)
 
 
 def check_free(place: Path) -> None:
-    if place.exists():
+    if os.path.exists(place):
         raise UserError(f"{place} is there already, and is not overwritten: move it away, or name another place")
 
 
@@ -139,13 +142,14 @@ def write_nanogpt(place: Path, model: GPT, tokens: dict | None, state: dict) -> 
         "config": state.get("config", {}),
         "tokenizer": tokens,
     }
-    partial = place.with_name(place.name + ".tmp")
-    partial.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(partial / checkpoint.BEST, contents)
-    if tokens and tokens["type"] == "char":
-        meta = CharTokenizer(tokens["chars"], tokens.get("specials", [])).to_nanogpt()
-        files.write(partial / "meta.pkl", pickle.dumps(meta))
-    files.replace(partial, place)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
+        partial = Path(folder) / place.name
+        partial.mkdir()
+        checkpoint.save(partial / checkpoint.BEST, contents)
+        if tokens and tokens["type"] == "char":
+            meta = CharTokenizer(tokens["chars"], tokens.get("specials", [])).to_nanogpt()
+            files.write(partial / "meta.pkl", pickle.dumps(meta))
+        files.replace(partial, place)
     print(
         "nanoGPT computes GELU in its erf form, this model was trained with the tanh form: losses differ by some 0.0001"
     )
@@ -163,6 +167,8 @@ def export() -> None:
             print("note: no tokenizer is known for this model, and none is written")
         kept = getattr(torch, full_dtype()) if to != "gguf" else torch.float32
         weights = {name: tensor.to(kept) for name, tensor in model.state_dict().items()}
+        if lost := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise UserError(f"{lost[0]} holds weights that are too large for {full_dtype()}: take bfloat16, or float32")
         if to in ("hf", "gguf"):
             without_padding(config, weights, tokens)
             if config.arch == "gpt2" and not config.bias:
@@ -192,6 +198,10 @@ def bring() -> None:
         tokenizers.check_data(data, model.config.vocab_size)
     else:
         print("note: it has no tokenizer that could come along")
+    if data and data["type"] == "bpe" and tokenizers.END_OF_TEXT not in data["specials"]:
+        print(
+            f"note: none of its tokens is called {tokenizers.END_OF_TEXT}: what ends a text is not known from here on"
+        )
     checkpoint.prepare_folder(out_dir)
     contents = {"model": model.state_dict(), "model_args": model.config.to_args(), "iter_num": 0}
     contents |= {"best_val_loss": math.inf, "config": {}, "tokenizer": data}

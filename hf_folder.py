@@ -6,8 +6,10 @@ Of the weights, GPT.from_pretrained reads what is written here; the names and sh
 
 import hashlib
 import json
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -48,12 +50,12 @@ def write(folder: Path, config: GPTConfig, state: dict[str, torch.Tensor], token
     theirs = hf_config(config) | {"torch_dtype": str(state["transformer.wte.weight"].dtype).removeprefix("torch.")}
     end = tokenizer.specials.get(END_OF_TEXT) if tokenizer else None
     theirs |= {"bos_token_id": end, "eos_token_id": end}
-    partial = folder.with_name(folder.name + ".tmp")
     if folder.exists():
         raise UserError(f"{folder} is there already: move it away, or name another with --path")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        partial.chmod(0o777 & ~_umask())
         try:
             (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
             save_file(state_to_hf(config, state), partial / "model.safetensors", metadata={"format": "pt"})
@@ -66,19 +68,25 @@ def write(folder: Path, config: GPTConfig, state: dict[str, torch.Tensor], token
         raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
     if isinstance(tokenizer, CharTokenizer):
-        names = {f"<unused {i}>" if char is None else char: i for i, char in enumerate(tokenizer.chars)}
-        theirs = tokenizers.Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+        names = {char: i for i, char in enumerate(tokenizer.chars) if char is not None}
+        theirs = tokenizers.Tokenizer(models.WordLevel(_filled(names, tokenizer), unk_token="<unk>"))
         theirs.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(ANY_CHARACTER), "isolated")
         theirs.decoder = decoders.Fuse()
     else:
         merges = [(printable(a), printable(b)) for a, b in tokenizer.merges()]
         vocab = {printable(token): i for token, i in tokenizer.ranks().items()}
-        theirs = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+        theirs = tokenizers.Tokenizer(models.BPE(_filled(vocab, tokenizer), merges, ignore_merges=True))
         theirs.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(tokenizers.Regex(PATTERNS[tokenizer.pattern]), "isolated"),
@@ -90,6 +98,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     data["added_tokens"] = [{"id": i, "content": name, **flags} for name, i in tokenizer.specials.items()]
     (folder / TOKENIZER).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+    written = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    assert all(written.token_to_id(name) == i for name, i in tokenizer.specials.items()), "special tokens have moved"
     end = END_OF_TEXT if END_OF_TEXT in tokenizer.specials else None
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -99,6 +109,29 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
     }
     about |= {"clean_up_tokenization_spaces": False, "add_prefix_space": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _filled(vocab: dict[str, int], tokenizer: Tokenizer) -> dict[str, int]:
+    """A vocabulary with the special tokens in it, and names for ids that are free: else the package moves them."""
+    taken = vocab | tokenizer.specials
+    free = {*range(tokenizer.vocab_size)} - {*taken.values()}
+    return taken | {f"<unused {i}>": i for i in free}
+
+
+def may_be_gpt2(folder: Path) -> bool:
+    """Whether a folder without tokenizer.json may hold a model of GPT-2's own tokens: no vocab.json says otherwise."""
+    try:
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        byte_of, names = printable_bytes(), sorted(vocab, key=vocab.__getitem__)
+        plain = [bytes(byte_of[char] for char in name) for name in names if name != END_OF_TEXT]
+        return hashlib.sha256(b"\n\n".join(plain)).hexdigest() == GPT2_TOKENS
+    except FileNotFoundError:
+        print(
+            f"note: {folder} has no tokenizer; its vocabulary is as large as GPT-2's, which is taken", file=sys.stderr
+        )
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_tokenizer(folder: Path) -> dict | None:
@@ -131,35 +164,56 @@ def read_tokenizer(folder: Path) -> dict | None:
 
 
 def _as_ours(theirs: dict) -> dict:
-    model, specials = theirs["model"], {token["content"]: token["id"] for token in theirs.get("added_tokens") or []}
+    model, added = theirs["model"], theirs.get("added_tokens") or []
+    specials = {token["content"]: token["id"] for token in added}
+    if (normalizer := theirs.get("normalizer")) and normalizer.get("type") != "NFC":
+        raise UserError(f"it changes text before it is split ({normalizer.get('type')}), which is not done here")
+    for token in added:
+        if any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
+            raise UserError(f"its token {token['content']!r} takes more or less than itself, which is not done here")
+    if ordinary := [token["content"] for token in added if not token.get("special", True)]:
+        print(f"note: in plain text, {', '.join(ordinary)[:200]} are text here, and tokens in prompts", file=sys.stderr)
     if model["type"] == "WordLevel":
+        if model.get("unk_token") in model["vocab"]:
+            raise UserError(f"it has a token for unknown characters, {model['unk_token']!r}, which is not done here")
         chars = [None] * (max(model["vocab"].values()) + 1)
         for char, i in model["vocab"].items():
-            chars[i] = char if len(char) == 1 else None
+            chars[i] = char if len(char) == 1 and char not in specials else None
+        while chars and chars[-1] is None and len(chars) > min(specials.values(), default=0) > 0:
+            chars.pop()
         names = sorted(specials, key=specials.__getitem__)
         if [specials[name] for name in names] != [*range(len(chars), len(chars) + len(names))]:
             raise UserError("its special tokens do not follow its characters")
         return {"type": "char", "chars": chars} | ({"specials": names} if names else {})
     if model["type"] != "BPE":
         raise UserError(f"it is a {model['type']} tokenizer, and only byte-level BPE and characters are read here")
-    if (normalizer := theirs.get("normalizer")) and normalizer.get("type") != "NFC":
-        raise UserError(f"it changes text before it is split ({normalizer.get('type')}), which is not done here")
     byte_of = printable_bytes()
     pattern = _pattern_of(theirs["pre_tokenizer"])
     vocab: list[str | None] = [None] * (max(model["vocab"].values()) + 1)
     for token, i in model["vocab"].items():
-        if token not in specials:
+        if token not in specials and byte_of.keys() >= set(token):  # else it is an id that is free
             vocab[i] = "".join(chr(byte_of[char]) for char in token)
     plain = [token.encode("latin-1") for token in vocab if token is not None]
-    if pattern == "gpt2" and hashlib.sha256(b"\n\n".join(plain)).hexdigest() == GPT2_TOKENS:
+    if (
+        pattern == "gpt2"
+        and specials == {END_OF_TEXT: len(plain)}
+        and hashlib.sha256(b"\n\n".join(plain)).hexdigest() == GPT2_TOKENS
+    ):
         return {"type": "gpt2"}
     if normalizer:
         print(f"note: {TOKENIZER} brings text into Unicode's form NFC, which is not done here", file=sys.stderr)
     while vocab and vocab[-1] is None:
         vocab.pop()
-    specials = {name: i for name, i in specials.items() if i >= len(vocab) or vocab[i] is None}
-    data = {"type": "bpe", "pattern": pattern, "vocab": vocab, "specials": specials}
-    return from_data(data).to_data()  # one of our own in its short form
+    ours = from_data({"type": "bpe", "pattern": pattern, "vocab": vocab, "specials": specials})
+    made = {}  # of what each token is made; where there are two ways, the first
+    for merge in model["merges"]:
+        a, b = merge.split(" ") if isinstance(merge, str) else merge
+        made.setdefault(a + b, (a, b))
+    if specials.keys() & made.keys():
+        raise UserError("some of its added tokens are made by merges too, which is not done here")
+    if [*made.values()] != [(printable(a), printable(b)) for a, b in ours.merges()]:
+        raise UserError("its merges are not those that the order of its ids gives")
+    return ours.to_data()  # one of our own in its short form
 
 
 def _pattern_of(pre_tokenizer: dict | None) -> str:

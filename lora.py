@@ -4,6 +4,8 @@ Each linear layer of the blocks computes x W^T + (alpha / rank) x A^T B^T, of wh
 at zero. Merged, W + (alpha / rank) B A, it is the network that it was, and as fast.
 """
 
+import hashlib
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -51,6 +53,16 @@ def merge(model: GPT) -> None:
             setattr(getattr(block, part), name, plain)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """What tells whether a model is the one that adapters were trained on: of the weights that they stand beside."""
+    found = hashlib.sha256()
+    for name in sorted(
+        name for name in state if name.endswith(tuple(f".{part}.{layer}.weight" for part, layer in LAYERS))
+    ):
+        found.update(state[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import nn
@@ -545,7 +545,8 @@ class GPT(nn.Module):
         self.config.block_size, self._rope_table = block_size, None
         if self.config.arch != "gpt2":
             return
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+        old = self.transformer.wpe.weight
+        self.transformer.wpe.weight = nn.Parameter(old[:block_size].detach().clone(), old.requires_grad)
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
@@ -814,6 +815,7 @@ _HF_NEEDS = {
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
         "tie_word_embeddings": (True,),
+        "is_causal": (True,),
     },
     "llama": {
         "hidden_act": ("silu",),
@@ -823,6 +825,7 @@ _HF_NEEDS = {
         "partial_rotary_factor": (1.0,),
         "use_sliding_window": (False,),
         "rope_interleaved": (False,),
+        "is_causal": (True,),
     },
 }
 
@@ -844,9 +847,10 @@ def config_from_hf(theirs: dict) -> GPTConfig:
             sizes = {name: theirs[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
             config = GPTConfig(block_size=theirs["n_positions"], **sizes, bias=True)
         else:
-            rope = {"rope_type": "default", **(theirs.get("rope_parameters") or {})}
-            if rope["rope_type"] != "default":
-                raise ValueError(f"rope_type is {rope['rope_type']!r}, and only 'default' is computed here")
+            rope = theirs.get("rope_parameters") or {}
+            kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
+            if kind_of_rope != "default":
+                raise ValueError(f"rope_type is {kind_of_rope!r}, and only 'default' is computed here")
             if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
                 raise ValueError(f"layer_types has {theirs['layer_types']}, and only full_attention is computed here")
             heads = theirs["num_attention_heads"]
@@ -861,10 +865,13 @@ def config_from_hf(theirs: dict) -> GPTConfig:
                 n_kv_head=theirs.get("num_key_value_heads") or heads,
                 head_dim=theirs.get("head_dim") or (128 if kind == "qwen3" else theirs["hidden_size"] // heads),
                 n_hidden=theirs["intermediate_size"],
-                tie_embeddings=theirs.get("tie_word_embeddings", False),
+                tie_embeddings=bool(theirs.get("tie_word_embeddings", False)),
                 rope_theta=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0),
                 norm_eps=float(theirs.get("rms_norm_eps", 1e-6)),
             )
+        for field in fields(config):
+            if type(getattr(config, field.name)) is not field.type:
+                raise ValueError(f"{field.name} is {getattr(config, field.name)!r}, which is no {field.type.__name__}")
         if problems := config.problems():
             raise ValueError("; ".join(problems))
     except KeyError as error:
@@ -963,17 +970,15 @@ def state_from_hf(config: GPTConfig, tensors: dict[str, torch.Tensor]) -> dict[s
 def _pretrained_files(name: str) -> tuple[str, list[str]]:
     """The paths of config.json and of the weights: in the folder `name`, or downloaded from the hub."""
     if os.path.isdir(name):
-        found = sorted(file for file in os.listdir(name) if file.endswith(".safetensors") and file.startswith("model"))
-        if missing := [
-            file
-            for file, is_there in (
-                ("config.json", os.path.exists(os.path.join(name, "config.json"))),
-                ("model.safetensors", found),
-            )
-            if not is_there
-        ]:
-            raise OSError(f"missing {' and '.join(os.path.join(name, file) for file in missing)}")
-        return os.path.join(name, "config.json"), [os.path.join(name, file) for file in found]
+        files, index = ["config.json", "model.safetensors"], os.path.join(name, "model.safetensors.index.json")
+        if not os.path.exists(os.path.join(name, files[1])) and os.path.exists(index):
+            with open(index, encoding="utf-8") as file:
+                listed = json.load(file)["weight_map"]
+            files = ["config.json", *sorted(set(listed.values()))]
+        paths = [os.path.join(name, file) for file in files]
+        if missing := [path for path in paths if not os.path.exists(path)]:
+            raise OSError(f"missing {' and '.join(missing)}")
+        return paths[0], paths[1:]
     if name not in GPT2_MODELS:
         raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_MODELS)}")
     from huggingface_hub import hf_hub_download

@@ -211,15 +211,24 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
         problems.append(
             f"block_size can't be lowered from {have['block_size']} in shards: make one file of {source} first"
         )
-    if init_from == "resume" and "lora_rank" in _given and lora_rank != state.get("lora", {}).get("rank", 0):
-        problems.append(f"{source} was trained with another lora_rank: leave it out, or begin with init_from={out_dir}")
+    if init_from == "resume":
+        global lora_rank, lora_alpha
+        theirs = state.get("lora") or {"rank": 0, "alpha": 0.0}
+        asked = {"rank": lora_rank, "alpha": lora_alpha}
+        for name, value in theirs.items():
+            if f"lora_{name}" in _given and asked[name] != value:
+                problems.append(f"lora_{name} is {value} in {source}: leave it out, or begin with init_from={out_dir}")
+        if theirs["rank"] and (optimizer != "adamw" or fsdp):
+            problems.append(f"{source} is a run with lora_rank, which takes optimizer=adamw, and no fsdp")
+        lora_rank, lora_alpha = theirs["rank"], float(theirs["alpha"])
     if problems:
         raise UserError(*problems)
-    if lora_rank and init_from != "resume":
-        state["lora"] = {"rank": lora_rank, "alpha": lora_alpha or 2.0 * lora_rank}
-        lora.attach(model, **state["lora"])
     if "block_size" in _given and block_size < have["block_size"]:
         model.crop_block_size(block_size)
+    if lora_rank and init_from != "resume":
+        lora_alpha = lora_alpha or 2.0 * lora_rank
+        state["lora"] = {"rank": lora_rank, "alpha": lora_alpha}
+        lora.attach(model, **state["lora"])
     return model, state
 
 
@@ -396,8 +405,9 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         if adapted:
             contents["lora"] = adapted
             if is_writing and checkpoint.BEST in names:  # what there is to pass on
-                alone_standing = {"model": lora.adapters(contents["model"]), "model_args": model_args, "lora": adapted}
-                checkpoint.save(Path(out_dir) / checkpoint.ADAPTER, alone_standing)
+                by_itself = {"model": lora.adapters(contents["model"]), "model_args": model_args, "lora": adapted}
+                by_itself["base"] = lora.fingerprint(contents["model"])
+                checkpoint.save(Path(out_dir) / checkpoint.ADAPTER, by_itself)
         contents["optimizer"] = runtime.gather(updater.state_dict(), processes)
         for name in names if is_writing else ():
             checkpoint.save(Path(out_dir) / name, contents)

@@ -300,7 +300,7 @@ def test_a_tokenizer_that_is_not_known_is_refused_by_name(tmp_path):
     theirs["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     theirs["model"]["merges"] = theirs["model"]["merges"][::-1]  # an order that ids do not tell
     path.write_text(json.dumps(theirs))
-    with pytest.raises(UserError, match="not known here"):
+    with pytest.raises(UserError, match="its merges are not those"):
         hf_folder.read_tokenizer(tmp_path / "a")
     for change, words in (
         ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
@@ -315,8 +315,98 @@ def test_a_tokenizer_that_is_not_known_is_refused_by_name(tmp_path):
         hf_folder.read_tokenizer(tmp_path / "a")
 
 
+def changed(folder, change):
+    """The folder's tokenizer.json after `change` of what it holds."""
+    theirs = json.loads((folder / "tokenizer.json").read_text())
+    change(theirs)
+    (folder / "tokenizer.json").write_text(json.dumps(theirs))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda its: its["model"].update(merges=its["model"]["merges"][:-3]), "its merges are not those"),
+        (lambda its: its["model"]["merges"].append(its["model"]["merges"].pop(-2)), "its merges are not those"),
+        (lambda its: its["added_tokens"][0].update(lstrip=True), "takes more or less than itself"),
+        (lambda its: its["added_tokens"].append({"id": 300, "content": merged(its, 44)}), "made by merges"),
+    ],
+)
+def test_a_tokenizer_that_differs_in_a_corner_is_refused(tmp_path, change, words):
+    pytest.importorskip("tokenizers")
+    from tokenizers import pre_tokenizers as pre
+
+    foreign(pre.ByteLevel(add_prefix_space=False), tmp_path / "a", False)
+    with pytest.raises(UserError, match=words):
+        hf_folder.read_tokenizer(changed(tmp_path / "a", change))
+
+
+def merged(theirs: dict, n: int) -> str:
+    merge = theirs["model"]["merges"][n]
+    return "".join(merge.split(" ") if isinstance(merge, str) else merge)
+
+
+def test_special_tokens_keep_their_ids_wherever_they_are(tmp_path):
+    """In front, in gaps, and far behind: in the file that is written too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = [None, None, *(bytes([byte]) for byte in range(256)), None, b"th", b"the"]
+    ours = BPETokenizer(vocab, "gpt2", {"<pad>": 0, "</s>": 1, "<|endoftext|>": 300})
+    (tmp_path / "a").mkdir()
+    hf_folder._write_tokenizer(tmp_path / "a", ours, 64)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
+    assert theirs.encode("<pad>the</s><|endoftext|>").ids == [0, 260, 1, 300]
+    assert theirs.decode([0, 260, 1], skip_special_tokens=False) == "<pad>the</s>"
+    assert hf_folder.read_tokenizer(tmp_path / "a") == ours.to_data()
+
+
+def test_gpt2s_tokens_with_more_special_ones_keep_them(tmp_path, gpt2_bpe):
+    pytest.importorskip("tokenizers")
+    gpt2 = GPT2Tokenizer()
+    vocab = [gpt2.token_bytes(i) for i in range(50256)]
+    more = BPETokenizer(vocab, "gpt2", {"<|endoftext|>": 50256, "<|im_start|>": 50257})
+    (tmp_path / "a").mkdir()
+    hf_folder._write_tokenizer(tmp_path / "a", more, 64)
+    assert tokenizer.from_data(hf_folder.read_tokenizer(tmp_path / "a")).encode("<|im_start|>", True) == [50257]
+    hf_folder._write_tokenizer(tmp_path / "a", gpt2, 64)
+    assert hf_folder.read_tokenizer(tmp_path / "a") == {"type": "gpt2"}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
+
+
+def test_nothing_of_the_users_is_overwritten_or_taken_for_something_else(here, run, request):
+    safetensors = pytest.importorskip("safetensors.torch")
+    tokens = tokens_of("char", request)
+    ours = trained(here / "out", "gpt2", tokens, padding=0)
+    (here / "keep.tmp").mkdir()
+    (here / "keep.tmp" / "notes.txt").write_text("mine")
+    for to in ("hf", "nanogpt"):
+        assert run("export.py", f"--to={to}", "--path=keep").code == 0
+        shutil.rmtree("keep")
+    assert (here / "keep.tmp" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in here.iterdir()) == ["keep.tmp", "out"]
+    # weights of another file, beside the model's
+    assert run("export.py", "--to=hf").code == 0
+    other = {
+        name: torch.zeros_like(tensor) for name, tensor in safetensors.load_file("out/hf/model.safetensors").items()
+    }
+    safetensors.save_file(other, "out/hf/model_old.safetensors")
+    back = GPT.from_pretrained("out/hf")
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    # a run in shards
+    (here / "run" / "last.dcp").mkdir(parents=True)
+    assert_user_error(run("export.py", "--from=out/hf", "--out_dir=run"), "last.dcp is there already")
+    assert_user_error(run("export.py", "--to=hf", f"--path={'x' * 300}"), "xxx")
+
+
+def test_weights_too_large_for_float16_are_named(here, run, request):
+    model = trained(here / "out", "qwen3", tokens_of("char", request))
+    state = load(here / "out" / "ckpt.pt")
+    state["model"]["transformer.ln_f.weight"] = torch.full_like(model.transformer.ln_f.weight, 1e5)
+    checkpoint.save(here / "out" / "ckpt.pt", state)
+    for to in ("hf", "safetensors"):
+        assert_user_error(run("export.py", f"--to={to}", "--dtype=float16"), "ln_f.weight", "float16")
 
 
 def test_mistakes_are_one_line_each_and_nothing_is_touched(here, run, request):

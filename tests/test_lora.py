@@ -106,6 +106,9 @@ def test_a_model_is_adapted_sampled_resumed_and_exported(base, train, run):
     assert result.code == 0, result.err
     merged = load(base / "out-lora" / "nanogpt" / "ckpt.pt")["model"]
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in merged.items())
+    # merged once, not twice
+    result = run("export.py", *flags(out_dir="out-lora", adapter="out-lora/adapter.pt", to="nanogpt", path="twice"))
+    assert_user_error(result, "has its adapters in it")
     # the adapter alone, and the base, make the same
     small = load(base / "out-lora" / "adapter.pt")
     assert small["model"].keys() == lora.adapters(state["model"]).keys()
@@ -133,8 +136,26 @@ def test_settings_that_do_not_go_with_adapters_are_one_line(base, train, changes
 def test_another_rank_at_a_resume_is_refused(base, train):
     assert train(init_from="out-base", lora_rank=4, max_iters=2, out_dir="out-lora").code == 0
     result = train(init_from="resume", lora_rank=2, max_iters=4, out_dir="out-lora")
-    assert_user_error(result, "another lora_rank")
-    assert_user_error(train(init_from="resume", lora_rank=2, out_dir="out-base"), "another lora_rank")
+    assert_user_error(result, "lora_rank is 4")
+    assert_user_error(train(init_from="resume", lora_rank=2, out_dir="out-base"), "lora_rank is 0")
+    assert_user_error(train(init_from="resume", lora_alpha=100.0, max_iters=4, out_dir="out-lora"), "lora_alpha is 8.0")
+    assert_user_error(train(init_from="resume", optimizer="muon", max_iters=4, out_dir="out-lora"), "optimizer=adamw")
+    result = train(init_from="resume", max_iters=4, out_dir="out-lora")
+    assert result.code == 0 and "lora" not in result.out.replace("out-lora", ""), result.out
+    assert load(base / "out-lora" / "last.pt")["config"]["lora_alpha"] == 8.0
+
+
+def test_a_shorter_context_leaves_the_position_embeddings_frozen(base, train):
+    tuned = {"init_from": "out-base", "lora_rank": 4, "block_size": 8, "out_dir": "out-lora"}
+    assert train(**tuned, max_iters=3).code == 0
+    name = "transformer.wpe.weight"
+    before, after = (
+        load(base / "out-base" / "ckpt.pt")["model"][name],
+        load(base / "out-lora" / "ckpt.pt")["model"][name],
+    )
+    assert torch.equal(before[:8], after)
+    result = train(init_from="resume", out_dir="out-lora", block_size=4, max_iters=6)
+    assert result.code == 0, result.err
 
 
 def test_an_adapter_for_another_model_is_refused(base, train):
@@ -145,3 +166,7 @@ def test_an_adapter_for_another_model_is_refused(base, train):
             checkpoint.merge_adapter(GPT(GPTConfig(*shape)), path)
     with pytest.raises(UserError, match="does not fit this model"):
         checkpoint.merge_adapter(GPT(GPTConfig(16, 28, 2, 2, 16)), base / "out-base" / "ckpt.pt")
+    other = checkpoint.build_model(checkpoint.load_to_use("out-base"))
+    other.transformer.h[0].attn.c_attn.weight.data += 0.01
+    with pytest.raises(UserError, match="beside other weights"):
+        checkpoint.merge_adapter(other, path)
