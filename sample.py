@@ -158,6 +158,10 @@ def main() -> None:
     place = runtime.pick_device(device)
     kept = torch.float32 if dtype == "auto" and place.type == "cpu" else runtime.pick_dtype(dtype, place)
     model, tokenizer_data, _ = checkpoint.model_and_tokenizer(init_from, out_dir)
+    if tokenizer_data is None:
+        raise UserError(
+            f"{out_dir if init_from == 'resume' else init_from} has no tokenizer: put its tokenizer.json there"
+        )
     tokens = tokenizer.from_data(tokenizer_data)
     prompts = read_prompts()
     ids = encode(prompts, tokens, model.config.block_size)

@@ -165,11 +165,11 @@ def test_weights_that_are_not_finite_are_one_line(trained, sample):
     assert_user_error(sample(num_samples=1), "not finite")
 
 
-def test_a_gpt2_folder_with_too_small_a_vocabulary_is_one_line(tiny, sample, gpt2_bpe):
+def test_a_folder_without_a_tokenizer_is_one_line(tiny, sample):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=1000, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained("small")
-    assert_user_error(sample(init_from="small", start="Hello"), "50257 tokens", "only 1000")
+    assert_user_error(sample(init_from="small", start="Hello"), "small has no tokenizer")
 
 
 def test_a_prompt_longer_than_the_context_counts_by_its_end(trained, sample):

@@ -551,7 +551,7 @@ def test_wsd_is_constant_and_then_a_line(tiny, train):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"arch": "llama"}, ["arch", "llama"]),
+        ({"arch": "mamba"}, ["arch", "llama"]),
         ({"optimizer": "sgd", "schedule": "step"}, ["optimizer", "schedule"]),
         ({"muon_lr": 3.0}, ["muon_lr"]),
         ({"fsdp": True, "dtype": "float16"}, ["torchrun", "gradient scaler"]),
