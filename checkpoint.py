@@ -329,15 +329,12 @@ def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) 
         if config.n_layer > len(state["model"]):
             raise ValueError(f"it has no weights for {config.n_layer} layers")
         adapted = state.get("lora")
-        with torch.device("meta"):  # wrong sizes are found before they take memory
-            model = GPT(config)
-            if adapted:
-                lora.attach(model, adapted["rank"], float(adapted["alpha"]))
-            model.load_state_dict(state["model"], assign=True)
-        model = GPT(config)
-        if adapted:
-            lora.attach(model, adapted["rank"], float(adapted["alpha"]))
-        model.load_state_dict(state["model"])
+        for device in ("meta", "cpu"):  # wrong sizes are found before they take memory
+            with torch.device(device):
+                model = GPT(config)
+                if adapted:
+                    lora.attach(model, adapted["rank"], float(adapted["alpha"]))
+                model.load_state_dict(state["model"], assign=device == "meta")
         if adapted and not keep_adapters:
             lora.merge(model)
     except (ValueError, TypeError, RuntimeError, OverflowError, KeyError, ZeroDivisionError) as error:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import download
 import files
 from configurator import UserError, check
-from documents import PACKED, PASSAGE, files_of, is_held_out, needs, pieces_of
+from documents import PACKED, PASSAGE, files_of, is_held_out, is_text, needs, pieces_of
 from tokenizer import (
     END_OF_TEXT,
     PATTERNS,
@@ -271,7 +271,7 @@ class Preparation:
         self.sizes = [size for size, _ in self.stamps]
         self.ends = [0, *itertools.accumulate(self.sizes)]
         self.passage = PASSAGE
-        if len(paths) == 1:
+        if len(paths) == 1 and is_text(paths[0]):
             size = self.sizes[0] if paths[0].suffix not in PACKED else self._unpacked_size()
             self.passage = max(SHORTEST_PASSAGE, min(PASSAGE, size // PASSAGES_OF_A_FILE))
         self.workers = recipe.workers or cores()

@@ -90,6 +90,11 @@ def _kind(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in PACKED else path).suffix.lower()
 
 
+def is_text(path: Path) -> bool:
+    """Whether it is read in passages, rather than as records."""
+    return _kind(path) not in (*JSONL, ".parquet")
+
+
 def pieces_of(path: Path, field: str, passage: int = PASSAGE) -> Iterator[Piece]:
     """The documents of a file, in passages of up to `passage` characters where it is a text file. None is empty.
 
@@ -157,12 +162,12 @@ class _Zstandard(io.RawIOBase):
         return count
 
 
-def needs(package: str, purpose: str):
-    """Imports a package of the extra `data`. Raises UserError that names the extra."""
+def needs(package: str, purpose: str, extra: str = "data"):
+    """Imports a package of an extra. Raises UserError that names the extra."""
     try:
         return __import__(package)
     except ModuleNotFoundError as error:
-        raise UserError(f"{purpose} needs the {error.name} package: pip install -e .[data]") from error
+        raise UserError(f"{purpose} needs the {error.name} package: pip install -e .[{extra}]") from error
 
 
 def _of_text(path: Path, file: IO[bytes], passage: int) -> Iterator[tuple[str, bool]]:

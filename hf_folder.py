@@ -6,8 +6,6 @@ Of the weights, GPT.from_pretrained reads what is written here; the names and sh
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 
 import files
 from configurator import UserError
+from documents import needs
 from model import GPTConfig, hf_config, state_to_hf
 from tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable, printable_bytes
 
@@ -54,24 +53,16 @@ def write(folder: Path, config: GPTConfig, state: dict[str, torch.Tensor], token
         raise UserError(f"{folder} is there already: move it away, or name another with --path")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        partial.chmod(0o777 & ~_umask())
-        try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
+            partial = Path(aside) / folder.name
+            partial.mkdir()
             (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
             save_file(state_to_hf(config, state), partial / "model.safetensors", metadata={"format": "pt"})
             if tokenizer:
                 _write_tokenizer(partial, tokenizer, config.block_size)
             files.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
@@ -144,10 +135,7 @@ def read_tokenizer(folder: Path) -> dict | None:
     if not path.exists():
         return None
     otherwise = f"to take the weights alone, move {TOKENIZER} away"
-    try:
-        import tokenizers
-    except ModuleNotFoundError as error:
-        raise UserError(f"reading {path} needs the tokenizers package: pip install -e .[hf]") from error
+    tokenizers = needs("tokenizers", f"reading {path}", "hf")
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
         data = _as_ours(theirs)

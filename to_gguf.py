@@ -32,6 +32,7 @@ from torch import Tensor
 
 import files
 from configurator import UserError
+from documents import needs
 from model import GPT2_TRANSPOSED, GPTConfig, state_to_hf
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer, printable
 
@@ -52,10 +53,7 @@ def write(
     refuses, a weight is too large for f16, or two tokens look the same to llama.cpp.
     """
     assert dtype in DTYPES
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise UserError(f"writing GGUF needs the {error.name} package: pip install -e .[gguf]") from error
+    gguf = needs("gguf", "writing GGUF", "gguf")
     writer = gguf.GGUFWriter(None, config.arch)
     writer.add_name(name)
     writer.add_file_type(

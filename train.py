@@ -340,6 +340,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
     best_val_loss, evaluated = state.get("best_val_loss", math.inf), state.get("evaluated", False)
     without_better = state.get("without_better", 0)  # evaluations in a row
     tokenizer_data, adapted = state.get("tokenizer") or meta["tokenizer"], state.get("lora")
+    base = lora.fingerprint(raw_model.state_dict()) if adapted and is_writing else ""  # which never changes
     config = configurator.settings_of(globals()) | {name: getattr(raw_model.config, name) for name in _ARCHITECTURE}
     del state
     model = raw_model
@@ -406,8 +407,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
             contents["lora"] = adapted
             if is_writing and checkpoint.BEST in names:  # what there is to pass on
                 by_itself = {"model": lora.adapters(contents["model"]), "model_args": model_args, "lora": adapted}
-                by_itself["base"] = lora.fingerprint(contents["model"])
-                checkpoint.save(Path(out_dir) / checkpoint.ADAPTER, by_itself)
+                checkpoint.save(Path(out_dir) / checkpoint.ADAPTER, {**by_itself, "base": base})
         contents["optimizer"] = runtime.gather(updater.state_dict(), processes)
         for name in names if is_writing else ():
             checkpoint.save(Path(out_dir) / name, contents)
