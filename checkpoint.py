@@ -23,8 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
 
 import dataset
 import files
@@ -35,6 +33,7 @@ import tokenizer
 from configurator import UserError
 from curves import LOG, PICTURE
 from model import CAUSAL_MASKS, GPT, GPT2_MODELS, GPTConfig
+from optimizer import moments
 
 BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"
 ZIP_FOLDER = 0x10  # among an archive entry's external attributes
@@ -91,20 +90,13 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
 
     plain: all but the tensors of model and optimizer. All processes have to call it.
     """
-    runtime.reshard(model)
-    tensors = _sharded_tensors(model, optimizer)
-    bad = [name for name, tensor in tensors.items() if not runtime.own_part(tensor).isfinite().all()]
-    if runtime.any_of(bool(bad), next(model.parameters()).device):
-        which = ", ".join(bad) or "a tensor of another rank"
-        raise UserError(f"the run diverged: {which} is not finite, and {path} was left as it was")
-    moved = [(name, optimizer.state[p]) for name, p in model.named_parameters() if optimizer.state[p]]
-    steps = {name: float(its.get("step", 0)) for name, its in moved}
+    import sharding
+
     partial, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
     try:
         if is_master:
             shutil.rmtree(partial, ignore_errors=True)
-        runtime.any_of(False, next(model.parameters()).device)  # all wait until that is done
-        dcp.save(tensors, checkpoint_id=partial)
+        steps = sharding.save(partial, model, optimizer)
         if is_master:
             save(partial / "plain.pt", {"model": {}, **plain, "steps": steps})
             if path.exists():
@@ -112,7 +104,7 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
                 os.replace(path, old)
             files.replace(partial, path)
             drop_other_forms(path)
-    except (OSError, CheckpointException) as error:
+    except (OSError, sharding.CheckpointException) as error:
         raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
 
 
@@ -121,33 +113,6 @@ def drop_other_forms(path: Path) -> None:
     for form in map(path.with_name, forms(path.with_suffix(".pt").name)):
         if form != path and form.exists():
             shutil.rmtree(form) if form.is_dir() else form.unlink()
-
-
-def load_shards(model: GPT, optimizer: torch.optim.Optimizer | None, state: dict) -> None:
-    """Reads weights and moments, in place, from the folder that `state` was loaded from, however many wrote it.
-
-    Without an optimizer the weights alone.
-    """
-    steps = state["steps"] if optimizer else {}
-    for group in optimizer.param_groups if steps else ():
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            step = torch.tensor(steps[name], device=p.device)
-            optimizer.state[p] = {key: step if key == "step" else torch.zeros_like(p) for key in _moments(group)}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that without a process group there is one process is meant so
-            dcp.load(_sharded_tensors(model, optimizer), checkpoint_id=state["path"])
-    except (CheckpointException, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{state['path']} does not hold what this run needs: {str(error).strip().splitlines()[-1][:300]}"
-        ) from error
-
-
-def _sharded_tensors(model: GPT, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters() if optimizer else ():
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items() if key != "step"}
-    return tensors
 
 
 def _tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
@@ -260,7 +225,7 @@ def load(path: Path) -> dict:
 
     Raises UserError for a file that is truncated, holds more than tensors and plain values, or is no GPT checkpoint.
     """
-    if path.is_dir():  # shards, which `load_shards` reads
+    if path.is_dir():  # shards, which sharding.load reads
         return {**load(path / "plain.pt"), "path": path, "model": None}
     _check_sums(path)
     try:
@@ -311,7 +276,7 @@ def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) 
     """The model that a loaded checkpoint describes, with its weights. Raises UserError where the two do not match.
 
     Adapters are merged, unless keep_adapters, as to train them on. Of shards, several processes get no weights yet:
-    `load_shards` gives each its part.
+    sharding.load gives each its part.
     """
     if state["model"] is None:
         try:
@@ -319,7 +284,9 @@ def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) 
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{state['path']} describes no GPT: {error}") from error
         if not torch.distributed.is_initialized():
-            load_shards(model, None, state)
+            import sharding
+
+            sharding.load(state, model, None)
         return model
     tied = [state["model"].get(name) for name in ("lm_head.weight", "transformer.wte.weight")]
     try:
@@ -329,12 +296,11 @@ def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) 
         if config.n_layer > len(state["model"]):
             raise ValueError(f"it has no weights for {config.n_layer} layers")
         adapted = state.get("lora")
-        for device in ("meta", "cpu"):  # wrong sizes are found before they take memory
-            with torch.device(device):
-                model = GPT(config)
-                if adapted:
-                    lora.attach(model, adapted["rank"], float(adapted["alpha"]))
-                model.load_state_dict(state["model"], assign=device == "meta")
+        with torch.device("meta"):
+            model = GPT(config)
+            if adapted:
+                lora.attach(model, adapted["rank"], float(adapted["alpha"]))
+        model.load_weights(state["model"])
         if adapted and not keep_adapters:
             lora.merge(model)
     except (ValueError, TypeError, RuntimeError, OverflowError, KeyError, ZeroDivisionError) as error:
@@ -447,7 +413,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
             raise ValueError("its groups hold other numbers of parameters")
         if len(set(order)) < len(order):
             raise ValueError("two of its parameters are one")
-        keys = [_moments(group) for group in own for _ in group["params"]]
+        keys = [moments(group) for group in own for _ in group["params"]]
         state = {}
         for index, (old, names, parameter) in enumerate(zip(order, keys, parameters, strict=True)):
             if old in saved["state"]:
@@ -460,11 +426,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
         optimizer.load_state_dict({"state": state, "param_groups": own})
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint['path']}: its optimizer does not fit this model ({error})") from error
-
-
-def _moments(group: dict) -> tuple[str, ...]:
-    """What the optimizer keeps of each parameter of a group."""
-    return ("momentum_buffer",) if group.get("kind") == "muon" else ("step", "exp_avg", "exp_avg_sq")
 
 
 def _fitted(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,14 @@ class Slots:
         return keys[:, :, : self.end], values[:, :, : self.end], self.mask
 
 
+class Embedding(nn.Embedding):
+    """torch's, without random numbers where there is no memory to hold them: torch would load its compiler for that."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation with an optional bias."""
 
@@ -440,9 +448,9 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
-        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        parts: dict[str, nn.Module] = {"wte": Embedding(config.vocab_size, config.n_embd)}
         if config.arch == "gpt2":  # in this place, since optimizer states number the parameters in their order
-            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+            parts["wpe"] = Embedding(config.block_size, config.n_embd)
         parts["drop"] = Dropout(config.dropout)
         parts["h"] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         parts["ln_f"] = _norm(config)
@@ -454,7 +462,8 @@ class GPT(nn.Module):
         self.activation_checkpointing = False  # in training, keep only what enters a block, and compute the rest again
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                self._initialise(name, parameter)
+                if not parameter.is_meta:
+                    self._initialise(name, parameter)
 
     def _initialise(self, name: str, parameter: nn.Parameter) -> None:
         """GPT-2's values. For qwen3 and llama: matrices as in Muon's records, that is, what writes to the residual
@@ -475,6 +484,18 @@ class GPT(nn.Module):
             nn.init.zeros_(parameter)
         else:
             raise ValueError(f"no rule says how {name} begins")
+
+    def load_weights(self, state: dict[str, torch.Tensor]) -> None:
+        """Gives a network that was built on the meta device, where it costs nothing, its weights: float32 copies.
+
+        Raises ValueError for what is no tensor, RuntimeError where names or shapes differ.
+        """
+        if strange := [name for name, value in state.items() if not torch.is_tensor(value)]:
+            raise ValueError(f"{strange[0]} is no tensor")
+        how = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
+        self.load_state_dict({name: tensor.to(**how) for name, tensor in state.items()}, assign=True)
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters, by default without tables that are only looked up: position embeddings, or input
@@ -580,8 +601,9 @@ class GPT(nn.Module):
             state = state_from_hf(config, tensors)
         except ValueError as error:
             raise ValueError(f"{os.path.dirname(weights_paths[0]) or model_type}: {error}") from error
-        model = cls(config)
-        model.load_state_dict(state)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_weights(state)
         return model
 
     def configure_optimizers(

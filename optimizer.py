@@ -4,9 +4,11 @@ Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) replaces t
 orthogonal one, found by a few Newton-Schulz steps: a step of the same length in every direction of the matrix.
 """
 
+import inspect
 import math
 
 import torch
+from torch.optim.adamw import adamw
 
 import runtime
 from configurator import UserError
@@ -42,21 +44,36 @@ class Muon(torch.optim.Optimizer):
     lr * sqrt(max(1, rows / columns)) times an orthogonal matrix.
     """
 
+    # torch's, without what it wraps them in: at the first call that loads torch.compile's front end, for a second
+    add_param_group, load_state_dict, state_dict, zero_grad = (
+        inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    )
+
     def __init__(self, groups: list[dict], dtype: torch.dtype):
         """dtype: of the Newton-Schulz steps."""
         super().__init__(groups, {})
         self.dtype = dtype
-        self._adamw = torch.optim.AdamW([group for group in groups if group["kind"] == "adamw"], fused=True)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         assert closure is None, "no closure is called"
-        self._adamw.state = self.state  # the same objects, also after load_state_dict has replaced ours
-        self._adamw.param_groups = [group for group in self.param_groups if group["kind"] == "adamw"]
-        self._adamw.step()
         for group in self.param_groups:
-            if group["kind"] == "muon":
-                self._muon_step(group)
+            (self._muon_step if group["kind"] == "muon" else self._adamw_step)(group)
+
+    def _adamw_step(self, group: dict) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            if not self.state[p]:
+                zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+        steps, means, squares = ([self.state[p][key] for p in parameters] for key in moments(group))
+        (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
+        grads = [p.grad for p in parameters]
+        adamw(
+            parameters, grads, means, squares, [], steps,
+            beta1=beta1, beta2=beta2, amsgrad=False, maximize=False, **rest,
+        )  # fmt: skip
 
     def _muon_step(self, group: dict) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -109,16 +126,17 @@ def muon(
     if c.arch == "gpt2":
         del fused["mlp.c_fc.weight"]
     parts = [fused.get(name.split(".", 1)[1], [p.size(0)]) for name, p in matrices.items()]
-    adamw = {"kind": "adamw", "betas": betas, "eps": 1e-10, "weight_decay": 0.0}  # zero heads want so small an eps
+    others = {"kind": "adamw", "betas": betas, "weight_decay": 0.0, "fused": True}
+    others["eps"] = 1e-10  # zero heads want so small a one
     embeddings = [p for name, p in transformer.named_parameters() if name in ("wte.weight", "wpe.weight")]
     groups = [
         {"kind": "muon", "params": list(matrices.values()), "parts": parts, "lr": rates["matrix"], "momentum": momentum}
         | {"weight_decay": weight_decay},
-        adamw | {"params": embeddings, "lr": rates["embedding"] * by_width},
-        adamw | {"params": [p for p in model.parameters() if p.dim() < 2], "lr": rates["vector"]},
+        others | {"params": embeddings, "lr": rates["embedding"] * by_width},
+        others | {"params": [p for p in model.parameters() if p.dim() < 2], "lr": rates["vector"]},
     ]
     if not c.tie_embeddings:
-        groups.append(adamw | {"params": [model.lm_head.weight], "lr": rates["head"] * by_width})
+        groups.append(others | {"params": [model.lm_head.weight], "lr": rates["head"] * by_width})
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "each parameter belongs in exactly one group"
     return Muon(groups, torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32)
@@ -164,3 +182,8 @@ def refine(updater: torch.optim.Optimizer, model: GPT, rates: dict[str, float], 
             decay = 0.0 if exempt else group["weight_decay"]
             refined.append(group | lists | {"lr": group["lr"] * rate, "weight_decay": decay})
     updater.param_groups = refined
+
+
+def moments(group: dict) -> tuple[str, ...]:
+    """What the optimizer keeps of each parameter of a group."""
+    return ("momentum_buffer",) if group.get("kind") == "muon" else ("step", "exp_avg", "exp_avg_sq")

@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import UserError, check
 from model import GPT
@@ -84,7 +81,8 @@ def set_deterministic(wanted: bool) -> None:
     """Asks for kernels that give the same bits each time, at some cost on GPUs; an operation that has none raises."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # a call loads torch.compile's parts, for a second
+        torch.use_deterministic_algorithms(wanted)
 
 
 def keep_freed_memory() -> None:
@@ -98,48 +96,32 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def shard(model: GPT, device: torch.device) -> None:
-    """Divides the model's parameters among all processes (FSDP2), each block by itself, in place.
-
-    A block is gathered on its device only while it computes. Gradients, and the optimizer's state that is made of the
-    parameters, are divided likewise. Needs a process group.
-    """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
 def set_gradient_sync(model: torch.nn.Module, wanted: bool) -> None:
     """Whether the next backward passes exchange gradients among the processes."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
         model.set_requires_gradient_sync(wanted)
     else:
         model.require_backward_grad_sync = wanted
 
 
+def is_divided(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor. That class is not named, since importing it takes a second."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that may be divided among the processes, put together on each of them. All have to call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
 def divided_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """A whole tensor, equal on all processes, divided among them as `model` is."""
-    if not isinstance(model, DTensor):
+    if not is_divided(model):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     tensor = tensor.to(model.device)
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)  # each takes its own part
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Has the model hold its parameters divided again; after an evaluation, those outside of blocks are still whole."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def any_of(value: bool, device: torch.device) -> bool:
@@ -156,7 +138,7 @@ def gather(state: dict, processes: Processes) -> dict:
     for key, value in state.items():
         if isinstance(value, dict):
             value = gather(value, processes)
-        elif isinstance(value, DTensor):
+        elif torch.is_tensor(value) and is_divided(value):
             value = whole(value)
             value = value.cpu() if processes.is_master else None
         gathered[key] = value

@@ -324,14 +324,18 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
     if compile:
         runtime.compile_model(raw_model, place)
     if fsdp:
-        runtime.shard(raw_model, place)
+        import sharding
+
+        sharding.divide(raw_model, place)
     else:
         raw_model.to(place)
     updater = make_optimizer(raw_model, place, compute_dtype)
     peak_rates = [group["lr"] / learning_rate for group in updater.param_groups]  # of each group, over learning_rate
     scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
     if state.get("model", {}) is None:
-        checkpoint.load_shards(raw_model, updater, state)
+        import sharding
+
+        sharding.load(state, raw_model, updater)
     elif "optimizer" in state:
         checkpoint.load_optimizer(updater, state)
     if state.get("scaler"):
