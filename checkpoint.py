@@ -33,7 +33,7 @@ import tokenizer
 from configurator import UserError
 from curves import LOG, PICTURE
 from model import CAUSAL_MASKS, GPT, GPT2_MODELS, GPTConfig
-from optimizer import moments
+from optimizer import moment_names
 
 BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"
 ZIP_FOLDER = 0x10  # among an archive entry's external attributes
@@ -413,7 +413,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
             raise ValueError("its groups hold other numbers of parameters")
         if len(set(order)) < len(order):
             raise ValueError("two of its parameters are one")
-        keys = [moments(group) for group in own for _ in group["params"]]
+        keys = [moment_names(group) for group in own for _ in group["params"]]
         state = {}
         for index, (old, names, parameter) in enumerate(zip(order, keys, parameters, strict=True)):
             if old in saved["state"]:

@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                 self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-        steps, means, squares = ([self.state[p][key] for p in parameters] for key in moments(group))
+        steps, means, squares = ([self.state[p][key] for p in parameters] for key in moment_names(group))
         (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
         grads = [p.grad for p in parameters]
         adamw(
@@ -184,6 +184,6 @@ def refine(updater: torch.optim.Optimizer, model: GPT, rates: dict[str, float], 
     updater.param_groups = refined
 
 
-def moments(group: dict) -> tuple[str, ...]:
+def moment_names(group: dict) -> tuple[str, ...]:
     """What the optimizer keeps of each parameter of a group."""
     return ("momentum_buffer",) if group.get("kind") == "muon" else ("step", "exp_avg", "exp_avg_sq")

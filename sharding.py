@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import runtime
 from configurator import UserError
 from model import GPT
-from optimizer import moments
+from optimizer import moment_names
 
 
 def divide(model: GPT, device: torch.device) -> None:
@@ -59,7 +59,7 @@ def load(state: dict, model: GPT, optimizer: torch.optim.Optimizer | None) -> No
     for group in optimizer.param_groups if steps else ():
         for name, p in zip(group["param_names"], group["params"], strict=True):
             step = torch.tensor(steps[name], device=p.device)
-            optimizer.state[p] = {key: step if key == "step" else torch.zeros_like(p) for key in moments(group)}
+            optimizer.state[p] = {key: step if key == "step" else torch.zeros_like(p) for key in moment_names(group)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that without a process group there is one process is meant so
