@@ -1,4 +1,4 @@
-# nanoGPT's loss on Shakespeare's characters in a tenth of its time on a CPU: 2 layers x 128, Muon, 150 updates.
+# nanoGPT's loss on Shakespeare's characters in a tenth of its time on a CPU: 2 layers x 128, Muon, 140 updates.
 # python data/shakespeare_char/prepare.py && python train.py config/fast_shakespeare_char.py
 
 out_dir = "out-fast-shakespeare-char"
@@ -24,8 +24,8 @@ learning_rate = 0.01
 beta1 = 0.8
 weight_decay = 0.0
 grad_clip = 0.0
-max_iters = 150
-lr_decay_iters = 150
+max_iters = 140
+lr_decay_iters = 140
 schedule = "wsd"
 warmup_iters = 0
 min_lr = 0.0

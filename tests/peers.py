@@ -1,8 +1,9 @@
-"""Speed beside other programs, in one run: of decoding, the table in the README, and of preparing data.
+"""Speed beside other programs, in one run: of decoding, of training and of preparing data, the README's tables.
 
     python tests/peers.py                        # GPT-2 124M with random weights, one stream, then 16
     python tests/peers.py --streams=1 --rounds=3
     python tests/peers.py --sample=out-shakespeare-char   # sample.py's default work, as whole processes
+    python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3  # time and loss, beside nanoGPT
     python tests/peers.py --prepare=FILE.jsonl            # a data set of GPT-2's tokens, beside tiktoken by itself
 
 Each program sits in a process of its own, loaded and warm, and they take turns; a figure is the median over the rounds,
@@ -169,6 +170,83 @@ def compare_samples(folder: str, rounds: int) -> None:
     print(json.dumps(record))
 
 
+def train_as_nanogpt_does(dataset: str, out_dir: str, seed: int) -> None:
+    """nanoGPT's quick start for CPUs as its train.py goes about it: float32, unfused AdamW, batches at random."""
+    import math
+    import pickle  # noqa: F401 - what it imports
+
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    import dataset as data
+    from model import GPT, GPTConfig
+
+    tanh_gelu = F.gelu
+    F.gelu = lambda x, approximate: tanh_gelu(x)  # its own is the erf form, which is faster
+    folder = data.find(dataset)
+    splits = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in ("train", "val")}
+    torch.manual_seed(seed)
+
+    def batch(split: str) -> list[torch.Tensor]:
+        starts = torch.randint(len(splits[split]) - 64, (12,))
+        rows = np.stack([splits[split][start : start + 65] for start in starts]).astype(np.int64)
+        return [torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])]
+
+    config = GPTConfig(64, data.load_meta(folder)["vocab_size"], n_layer=4, n_head=4, n_embd=128, bias=False)
+    model, best = GPT(config), math.inf
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() < 2) == is_vector] for is_vector in (False, True))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    x, y = batch("train")
+    for n in range(2001):
+        decay = 0.5 * (1 + math.cos(math.pi * (n - 100) / 1900))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (n + 1) / 101 if n < 100 else 1e-4 + decay * 9e-4
+        if n % 250 == 0:
+            model.eval()
+            with torch.no_grad():
+                losses = {name: sum(model(*batch(name))[1].item() for _ in range(20)) / 20 for name in splits}
+            model.train()
+            print(f"step {n}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+            if n and losses["val"] < best:
+                best = losses["val"]
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best_val_loss": best}
+                state |= {"model_args": config.to_args(), "iter_num": n, "config": {"dataset": dataset}}
+                torch.save(state, Path(out_dir) / "ckpt.pt")
+        loss = model(x, y)[1]
+        x, y = batch("train")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        print(f"iter {n}: loss {loss.item():.4f}")
+
+
+def compare_training(preset: str, dataset: str, settings: list[str], rounds: int) -> None:
+    """Whole processes in turns, with the seeds 1337, 1, 2, …; losses are of the whole validation split."""
+    rows = []
+    for seed in [1337, *range(1, rounds)]:
+        with tempfile.TemporaryDirectory() as folder:
+            ways = {"nanogpt": [__file__, f"--train_slowly={dataset}"]}
+            ways["ours"] = ["train.py", preset, *settings, f"--dataset={dataset}"]
+            row = {"seed": seed}
+            for name, command in ways.items():
+                where = Path(folder, name)
+                where.mkdir()
+                command += [f"--seed={seed}", f"--out_dir={where}"]
+                began = time.perf_counter()
+                subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+                row[f"{name}_s"] = time.perf_counter() - began
+                command = [sys.executable, "eval.py", f"--out_dir={where}", "--batch_size=64"]
+                told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+                row[f"{name}_loss"] = json.loads(told.splitlines()[-1])["loss"]
+        rows.append(row)
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+    ratio = statistics.median(row["nanogpt_s"] / row["ours_s"] for row in rows)
+    print(json.dumps({"preset": preset, "settings": settings, "dataset": dataset, "ratio": ratio, "rounds": rows}))
+
+
 def compare_preparations(path: str, rounds: int) -> None:
     """Preparing a data set, reading and writing included, in turns with tiktoken's encode_ordinary_batch on as many
     threads, which has the texts at hand and throws the ids away."""
@@ -219,10 +297,21 @@ def main() -> None:
     parser.add_argument("--work", nargs=2, metavar=("NAME", "DTYPE"))
     parser.add_argument("--sample", metavar="OUT_DIR", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--prepare", metavar="FILE", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--train", metavar="PRESET", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--dataset", default="shakespeare_char")
+    parser.add_argument("--train_slowly", metavar="DATASET", help=argparse.SUPPRESS)
+    parser.add_argument("--out_dir", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--sample_slowly", metavar="OUT_DIR", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options, settings = parser.parse_known_args()  # settings: train.py's, behind --train
+    if settings and not options.train:
+        parser.error(f"unknown: {' '.join(settings)}")
     if options.sample:
         return compare_samples(options.sample, options.rounds)
+    if options.train:
+        return compare_training(options.train, options.dataset, settings, options.rounds)
+    if options.train_slowly:
+        return train_as_nanogpt_does(options.train_slowly, options.out_dir, options.seed)
     if options.prepare:
         return compare_preparations(options.prepare, options.rounds)
     if options.sample_slowly:

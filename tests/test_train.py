@@ -415,6 +415,19 @@ def test_without_a_compiler_a_run_warns_and_goes_on(tiny, start):
     assert "warning: compile=True is not possible" in err and "Traceback" not in err and "step 1:" in out
 
 
+def test_a_start_loads_no_compiler_and_nothing_of_divided_models(tiny, start):
+    """Each would take torch about a second, which is most of a short run or of a sample."""
+    muon = {**TINY, "arch": "qwen3", "tie_embeddings": False, "optimizer": "muon", "max_iters": 1}
+    sampling = {"out_dir": "out", "device": "cpu", "num_samples": 1, "max_new_tokens": 3}
+    for script, settings in (("train.py", muon), ("sample.py", sampling), ("eval.py", {"out_dir": "out"})):
+        environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+        process = start(script, *flags(**settings), cwd=tiny, env=environment)
+        _, err = process.communicate(timeout=60)
+        loaded = {line.rpartition("|")[2].strip() for line in err.splitlines() if line.startswith("import time:")}
+        assert process.returncode == 0 and "torch" in loaded, err[-500:]
+        assert not loaded & {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy"}, script
+
+
 def test_bfloat16_runs_and_resumes_exactly(tiny, train):
     settings = {"dtype": "bfloat16", "max_iters": 8, "eval_interval": 4}
     train(**settings, out_dir="whole")
