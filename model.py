@@ -488,12 +488,16 @@ class GPT(nn.Module):
     def load_weights(self, state: dict[str, torch.Tensor]) -> None:
         """Gives a network that was built on the meta device, where it costs nothing, its weights: float32 copies.
 
-        Raises ValueError for what is no tensor, RuntimeError where names or shapes differ.
+        Raises ValueError for what is no tensor of floating-point numbers, RuntimeError where names or shapes differ.
         """
-        if strange := [name for name, value in state.items() if not torch.is_tensor(value)]:
-            raise ValueError(f"{strange[0]} is no tensor")
+        for name, value in state.items():
+            if not torch.is_tensor(value) or value.is_meta or not value.is_floating_point():
+                raise ValueError(f"{name} is no tensor of floating-point numbers")
         how = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
-        self.load_state_dict({name: tensor.to(**how) for name, tensor in state.items()}, assign=True)
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        # What does not fit is not copied, since it may be larger than its file and than memory
+        state = {n: tensor.to(**how) if tensor.shape == shapes.get(n) else tensor for n, tensor in state.items()}
+        self.load_state_dict(state, assign=True)
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 

@@ -12,6 +12,7 @@ from model import GPT, GPTConfig
 
 ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 28, "dropout": 0.0}
 BEST_LOSSES = [torch.tensor(1.25), np.float64(1.25), np.float32(1.25), 1.25]
+FC = "transformer.h.0.mlp.c_fc.weight"
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -86,6 +87,10 @@ def test_a_damaged_checkpoint_is_one_problem(tmp_path):
         (lambda state: state["model"].popitem(), "weights"),
         (lambda state: state["model"].update({"lm_head.weight": torch.zeros(28, 16)}), "embeddings differ"),
         (lambda state: state["model"].update({3: torch.zeros(1)}), "no checkpoint"),
+        (lambda state: state["model"].update({FC: torch.ones(64, 16, dtype=torch.int8)}), "no tensor of floating"),
+        (lambda state: state["model"].update({FC: torch.ones(64, 16, device="meta")}), "no tensor of floating"),
+        (lambda state: state["model"].update({FC: torch.ones(1).expand(10**6, 10**6)}), "size mismatch"),
+        (lambda state: state["model"].update({"more": torch.ones(1).expand(10**6, 10**6)}), "Unexpected key"),
         (lambda state: state.update(best_val_loss=None), "no checkpoint"),
         (lambda state: state.update(iter_num="x"), "no checkpoint"),
         (lambda state: state.update(config=5), "no checkpoint"),
