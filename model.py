@@ -9,6 +9,7 @@ names are nanoGPT's; c_attn holds query, key and value, c_fc of qwen3 and llama 
 Shapes: B batch, T time, C = n_embd channels, V vocabulary, n_kv heads of keys and values.
 """
 
+import inspect
 import json
 import math
 import os
@@ -441,6 +442,19 @@ def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=ignore_index)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, without what its methods are wrapped in: at their first call that loads torch.compile, for a second."""
+
+    add_param_group, load_state_dict, state_dict, zero_grad, _step = (
+        inspect.unwrap(getattr(torch.optim.AdamW, name))
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad", "step")
+    )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        return self._step(closure)
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         """Raises ValueError where the config describes no network."""
@@ -612,14 +626,14 @@ class GPT(nn.Module):
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
-    ) -> torch.optim.AdamW:
+    ) -> AdamW:
         """AdamW in two groups: matrices and embeddings decay, vectors (biases, layer norms) do not."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+        return AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
 
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for a token (PaLM, Chowdhery et al., 2022, appendix B)."""

@@ -4,7 +4,6 @@ Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) replaces t
 orthogonal one, found by a few Newton-Schulz steps: a step of the same length in every direction of the matrix.
 """
 
-import inspect
 import math
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim.adamw import adamw
 
 import runtime
 from configurator import UserError
-from model import GPT
+from model import GPT, AdamW
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: singular values go to about 1 in 5 steps, from 0.01 on
 NEWTON_SCHULZ_STEPS = 5
@@ -44,11 +43,9 @@ class Muon(torch.optim.Optimizer):
     lr * sqrt(max(1, rows / columns)) times an orthogonal matrix.
     """
 
-    # torch's, without what it wraps them in: at the first call that loads torch.compile's front end, for a second
-    add_param_group, load_state_dict, state_dict, zero_grad = (
-        inspect.unwrap(getattr(torch.optim.Optimizer, name))
-        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
-    )
+    # Such as load no compiler
+    add_param_group, load_state_dict = AdamW.add_param_group, AdamW.load_state_dict
+    state_dict, zero_grad = AdamW.state_dict, AdamW.zero_grad
 
     def __init__(self, groups: list[dict], dtype: torch.dtype):
         """dtype: of the Newton-Schulz steps."""

@@ -469,7 +469,8 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         # One update: its data and its dropout depend on the seed, iter_num and the rank, and on no history
         began = time.perf_counter()
         raw_model.train()
-        torch.manual_seed(data.mix(seed, iter_num, processes.rank))
+        if raw_model.config.dropout:
+            torch.manual_seed(data.mix(seed, iter_num, processes.rank))
         lr = get_lr(iter_num)
         for group, rate in zip(updater.param_groups, peak_rates, strict=True):
             group["lr"] = lr * rate

@@ -417,9 +417,14 @@ def test_without_a_compiler_a_run_warns_and_goes_on(tiny, start):
 
 def test_a_start_loads_no_compiler_and_nothing_of_divided_models(tiny, start):
     """Each would take torch about a second, which is most of a short run or of a sample."""
-    muon = {**TINY, "arch": "qwen3", "tie_embeddings": False, "optimizer": "muon", "max_iters": 1}
-    sampling = {"out_dir": "out", "device": "cpu", "num_samples": 1, "max_new_tokens": 3}
-    for script, settings in (("train.py", muon), ("sample.py", sampling), ("eval.py", {"out_dir": "out"})):
+    adamw, sampling = {**TINY, "max_iters": 1}, {"out_dir": "out", "device": "cpu", "num_samples": 1}
+    muon = {**adamw, "arch": "qwen3", "tie_embeddings": False, "optimizer": "muon"}
+    for script, settings in (
+        ("train.py", adamw),
+        ("train.py", muon),
+        ("sample.py", {**sampling, "max_new_tokens": 3}),
+        ("eval.py", {"out_dir": "out", "device": "cpu"}),
+    ):
         environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
         process = start(script, *flags(**settings), cwd=tiny, env=environment)
         _, err = process.communicate(timeout=60)
