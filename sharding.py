@@ -3,6 +3,7 @@
 Imported where it is called: it takes a second, and most runs have one process.
 """
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,28 @@ import runtime
 from configurator import UserError
 from model import GPT
 from optimizer import moment_names
+
+# What DCP's .metadata, a pickle, is made of, and dtypes.
+_METADATA = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+        "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads a .metadata, and refuses whatever else hides in it; DCP itself would run it."""
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in _METADATA and not is_dtype:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        return super().find_class(module, name)
 
 
 def divide(model: GPT, device: torch.device) -> None:
@@ -55,6 +78,11 @@ def load(state: dict, model: GPT, optimizer: torch.optim.Optimizer | None) -> No
 
     Without an optimizer the weights alone. Raises UserError where the folder lacks something.
     """
+    try:
+        with open(state["path"] / ".metadata", "rb") as file:
+            _Unpickler(file).load()
+    except Exception as error:  # a broken pickle raises anything
+        raise UserError(f"{state['path']} is damaged or not whole: its .metadata can't be read ({error})") from error
     steps = state["steps"] if optimizer else {}
     for group in optimizer.param_groups if steps else ():
         for name, p in zip(group["param_names"], group["params"], strict=True):

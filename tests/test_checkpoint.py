@@ -1,5 +1,7 @@
 import os
+import pickle
 import stat
+from pathlib import Path
 
 import nanogpt
 import numpy as np
@@ -194,3 +196,36 @@ def test_the_checkpoint_furthest_on_is_resumed(tmp_path, capsys):
     (tmp_path / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes()[:3000])
     assert checkpoint.load_furthest(str(tmp_path))["path"].name == "last.pt"
     assert "ckpt.pt" in capsys.readouterr().err
+
+
+class Hidden:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize("change", ["none", "missing", "cut", "hidden", "no shard"])
+def test_shards_are_read_whole_and_without_what_hides_in_them(tmp_path, monkeypatch, capfd, change):
+    monkeypatch.chdir(tmp_path)
+    model, path = GPT(GPTConfig(**ARGS, bias=False)), tmp_path / "last.dcp"
+    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.99), "cpu")
+    with pytest.warns(UserWarning, match="save in a single process"):
+        checkpoint.save_shards(path, {"model_args": ARGS | {"bias": False}}, model, optimizer, True)
+    metadata = path / ".metadata"
+    if change == "missing":
+        metadata.unlink()
+    elif change == "cut":
+        metadata.write_bytes(metadata.read_bytes()[:100])
+    elif change == "hidden":
+        metadata.write_bytes(pickle.dumps(Hidden()))
+    elif change == "no shard":
+        next(path.glob("*.distcp")).unlink()
+    capfd.readouterr()
+    state = checkpoint.load(path)
+    if change == "none":
+        back = checkpoint.build_model(state).state_dict()
+        assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
+    else:
+        words = "does not hold what this run needs" if change == "no shard" else "damaged or not whole"
+        with pytest.raises(UserError, match=words):
+            checkpoint.build_model(state)
+    assert not Path("ran").exists() and capfd.readouterr().err == ""
