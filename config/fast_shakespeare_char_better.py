@@ -1,4 +1,4 @@
-# 1.53 on Shakespeare's characters, in less than the time of nanoGPT's CPU quick start (80 to 90 s on 2 cores).
+# 1.52 on Shakespeare's characters, in the time of nanoGPT's CPU quick start (93 to 103 s on 2 cores).
 # python data/shakespeare_char/prepare.py && python train.py config/fast_shakespeare_char_better.py
 
 out_dir = "out-fast-shakespeare-char-better"
