@@ -54,12 +54,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import dataset as data
-import decode
-import optimizer as optimizers
-import runtime
 from configurator import UserError
 from model import GPT, GPTConfig
+from quartz import compiled, machine, optim, shards
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, MOMENTUM = 1e-4, (0.9, 0.95), 1e-2, 0.95
 
@@ -77,9 +74,9 @@ def check_settings() -> None:
     rules += [(quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}")]
     rules += [(not nanogpt or (Path(nanogpt) / "model.py").is_file(), f"nanogpt={nanogpt}: no model.py is there")]
     rules += [(not quantize or mode == "decode", "quantize is for mode=decode")]
-    looks = [lambda: runtime.check_machine(device, dtype)]
+    looks = [lambda: machine.check_machine(device, dtype)]
     if real_data:
-        looks.append(lambda: data.find(dataset))
+        looks.append(lambda: shards.find(dataset))
     configurator.check(rules, looks)
 
 
@@ -95,13 +92,13 @@ def batches(place: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         x, y = torch.randint(vocab_size, (2, batch_size, block_size), generator=generator).to(place)
         while True:
             yield x, y
-    folder = data.find(dataset)
-    split = data.Split(folder, "train", data.load_meta(folder), vocab_size)
+    folder = shards.find(dataset)
+    split = shards.Split(folder, "train", shards.load_meta(folder), vocab_size)
     split.check_length(block_size)
     row = 0
     while True:
         rows = np.arange(row, row + batch_size)
-        x, y = split.windows(data.training_starts(rows, len(split), block_size, seed), block_size)
+        x, y = split.windows(shards.training_starts(rows, len(split), block_size, seed), block_size)
         yield x.to(place), y.to(place)
         row += batch_size
 
@@ -121,16 +118,16 @@ def step_of(model: torch.nn.Module, updater: torch.optim.Optimizer, autocast, ke
 
 
 def our_step(place: torch.device) -> tuple[GPT, Callable]:
-    compute_dtype = runtime.pick_dtype(dtype, place)
+    compute_dtype = machine.pick_dtype(dtype, place)
     model = GPT(our_config()).to(place)
     if optimizer == "muon":
         rates = dict.fromkeys(("matrix", "embedding", "head", "vector"), LEARNING_RATE)
-        updater = optimizers.muon(model, rates, MOMENTUM, BETAS, WEIGHT_DECAY, compute_dtype)
+        updater = optim.muon(model, rates, MOMENTUM, BETAS, WEIGHT_DECAY, compute_dtype)
     else:
         updater = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, place.type)
     if compile:
-        runtime.compile_model(model, place)
-    return model, step_of(model, updater, runtime.autocast(place, compute_dtype), {"return_logits": False})
+        machine.compile_model(model, place)
+    return model, step_of(model, updater, machine.autocast(place, compute_dtype), {"return_logits": False})
 
 
 def peer_model(place: torch.device) -> torch.nn.Module:
@@ -158,7 +155,7 @@ def peer_step(place: torch.device) -> Callable:
     on_gpu = place.type == "cuda"
     if on_gpu and compile:
         model.compile()
-    return step_of(model, updater, runtime.autocast(place, torch.bfloat16 if on_gpu else torch.float32), {})
+    return step_of(model, updater, machine.autocast(place, torch.bfloat16 if on_gpu else torch.float32), {})
 
 
 def timed(step: Callable, source: Iterator, count: int) -> float:
@@ -186,7 +183,7 @@ def train_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[], 
     torch.manual_seed(seed)
     peer, tokens = peer_step(place), batch_size * block_size
     timed(peer, source, 2)
-    if peak := runtime.peak_flops(place, runtime.pick_dtype(dtype, place)):
+    if peak := machine.peak_flops(place, machine.pick_dtype(dtype, place)):
         record["mfu_of"] = lambda seconds: model.estimate_mfu(batch_size, seconds * tokens, peak)
     return lambda: timed(ours, source, steps) / tokens, lambda: timed(peer, source, steps) / tokens, record
 
@@ -195,13 +192,13 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
     """As train_turns."""
     model = GPT(dataclasses.replace(our_config(), dropout=0.0)).eval()
     peer = peer_model(place).eval()
-    kept = runtime.pick_dtype(dtype, place)
-    engine = decode.prepare(model, place, kept, quantize == "int8", batch_size, 10**9, compile)  # whatever it costs
+    kept = machine.pick_dtype(dtype, place)
+    engine = compiled.prepare(model, place, kept, quantize == "int8", batch_size, 10**9, compile)  # whatever it costs
     prompt = torch.randint(vocab_size, (1, 1), generator=torch.Generator().manual_seed(seed)).to(place)
     idx = prompt.expand(batch_size, 1 + max_new_tokens)
     stride = 16
     bytes_kept = model.lm_head.weight.element_size()
-    if isinstance(engine, decode.CompiledStep):
+    if isinstance(engine, compiled.CompiledStep):
         bytes_kept = engine.packed[model.lm_head.weight][0].element_size()
 
     def ours() -> float:
@@ -212,21 +209,21 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
     @torch.no_grad()
     def theirs() -> float:
         began, lengths = time.perf_counter(), range(1, max_new_tokens + 1, stride)
-        with runtime.autocast(place, kept if place.type == "cuda" else torch.float32):
+        with machine.autocast(place, kept if place.type == "cuda" else torch.float32):
             for length in lengths:
                 peer(idx[:, max(0, length - block_size) : length])[0].argmax().item()
         return (time.perf_counter() - began) / (batch_size * len(lengths))
 
     ours(), theirs()
     weights = model.get_num_params() * bytes_kept
-    share = {"weight_bytes": weights, "memory_bytes_per_s": runtime.memory_speed(place)}
+    share = {"weight_bytes": weights, "memory_bytes_per_s": machine.memory_speed(place)}
     return ours, theirs, share
 
 
 def main() -> None:
     check_settings()
-    runtime.keep_freed_memory()  # which serves the peer too
-    place = runtime.pick_device(device)
+    machine.keep_freed_memory()  # which serves the peer too
+    place = machine.pick_device(device)
     torch.manual_seed(seed)
     ours, peer, record = (train_turns if mode == "train" else decode_turns)(place)
     pairs = [(ours(), peer()) for _ in range(rounds)]

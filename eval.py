@@ -39,17 +39,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import dataset as data
-import runtime
-import tokenizer
 from configurator import UserError
 from model import GPT
+from quartz import checkpoint, machine, shards, tokenizer
 
 HIGHEST_LOSS = math.log(sys.float_info.max)  # whose perplexity is a number
 
 
-class Text(data.Split):
+class Text(shards.Split):
     """The tokens of a text, in memory, to be read as those of a split are."""
 
     def __init__(self, name: str, ids: np.ndarray):
@@ -74,7 +71,7 @@ def check_settings() -> None:
         (not (dataset and source), "dataset and source both say what to measure on: give one of the two"),
         (dataset or source or init_from == "resume", f"init_from={init_from} needs a dataset, or a source"),
     ]
-    looks = [lambda: runtime.check_machine(device, dtype), lambda: checkpoint.check_source(init_from, out_dir)]
+    looks = [lambda: machine.check_machine(device, dtype), lambda: checkpoint.check_source(init_from, out_dir)]
     if source:
         looks.append(read_source)
     elif dataset:
@@ -92,7 +89,7 @@ def read_source() -> str:
 
 def find(name: str) -> Path:
     """The folder of a data set that has the split. Raises UserError, which names the splits that it has."""
-    folder = data.find(name)
+    folder = shards.find(name)
     files = {path.stem for path in folder.glob("*.bin")}
     splits = {file.partition("_")[0] for file in files}
     if split not in files | splits:
@@ -102,7 +99,7 @@ def find(name: str) -> Path:
 
 def open_text(
     name: str | None, model: GPT, theirs: dict | None, where: str
-) -> tuple[data.Split, tokenizer.Tokenizer | None]:
+) -> tuple[shards.Split, tokenizer.Tokenizer | None]:
     """What to measure on, and its tokenizer, None where the data set has none.
 
     name: the data set's, None for source; theirs: the tokenizer of the model from `where`, as plain data. Raises
@@ -116,7 +113,7 @@ def open_text(
         text = Text(source, tokens.encode_to_numpy(read_source()))
     else:
         folder = find(name)
-        meta = data.load_meta(folder)
+        meta = shards.load_meta(folder)
         ours = meta["tokenizer"]
         if ours and theirs and ours != theirs:
             raise UserError(
@@ -124,7 +121,7 @@ def open_text(
                 "the data set that was prepared for it, or a text with --source=FILE"
             )
         tokens = tokenizer.from_data(ours) if ours else None
-        text = data.Split(folder, split, meta, min(vocab_size, tokens.vocab_size) if tokens else vocab_size)
+        text = shards.Split(folder, split, meta, min(vocab_size, tokens.vocab_size) if tokens else vocab_size)
     if len(text) < 2:
         raise UserError(f"{text.name} holds a single token, and no other to predict from it: bring more text")
     return text, tokens
@@ -146,14 +143,14 @@ def lay_out(n_tokens: int, T: int, step: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def measure(
-    model: GPT, text: data.Split, T: int, step: int, counts: torch.Tensor | None, processes: runtime.Processes
+    model: GPT, text: shards.Split, T: int, step: int, counts: torch.Tensor | None, processes: machine.Processes
 ) -> tuple[float, int, int]:
     """The loss of all tokens but the first, summed, in nats; their number; and the bytes that they stand for.
 
     counts (V,): the bytes of each id. The batches are shared out among the processes.
     """
     place = model.lm_head.weight.device
-    autocast = runtime.autocast(place, runtime.pick_dtype(dtype, place))
+    autocast = machine.autocast(place, machine.pick_dtype(dtype, place))
     full, last = lay_out(len(text), T, step)
     batches = math.ceil(full / batch_size) + (last > 0)
     own = range(processes.rank, batches, processes.world_size)
@@ -191,7 +188,7 @@ def figures(loss: float, n_tokens: int, n_bytes: int) -> dict:
 
 def main() -> None:
     check_settings()
-    runtime.keep_freed_memory()
+    machine.keep_freed_memory()
     model, theirs, state = checkpoint.model_and_tokenizer(init_from, out_dir)
     where, longest = str(state.get("path", init_from)), model.config.block_size
     T = block_size or longest
@@ -205,8 +202,8 @@ def main() -> None:
     configurator.check(rules)
     text, tokens = open_text(name, model, theirs, where)
     full, last = lay_out(len(text), T, step)
-    processes, place = runtime.start_processes(device, backend)
-    with runtime.lost_ranks_named(processes):
+    processes, place = machine.start_processes(device, backend)
+    with machine.lost_ranks_named(processes):
         if processes.is_master and not (theirs and tokens):
             print(f"note: no tokenizer tells whether {text.name} holds what {where} was made for", file=sys.stderr)
         if processes.is_master and not full:
@@ -223,9 +220,9 @@ def main() -> None:
             record |= {"stride": step, "block_size": T, "init_from": init_from, "dataset": name}
             record |= {"split": None if source else split, "source": source or None}
             record |= {"checkpoint": where if state else None, "iter_num": state.get("iter_num")}
-            record |= {"dtype": str(runtime.pick_dtype(dtype, place)).removeprefix("torch."), "device": str(place)}
+            record |= {"dtype": str(machine.pick_dtype(dtype, place)).removeprefix("torch."), "device": str(place)}
             print(json.dumps(record | {"seconds": seconds, "tokens_per_s": n_tokens / seconds}))
-        runtime.stop_processes()
+        machine.stop_processes()
 
 
 if __name__ == "__main__":

@@ -30,13 +30,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import files
-import hf_folder
-import tokenizer as tokenizers
 from configurator import UserError
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer, Tokenizer
+from quartz import checkpoint, files, hf_folder
+from quartz import tokenizer as tokenizers
+from quartz.tokenizer import CharTokenizer, Tokenizer
 
 NAMES = {"hf": "hf", "safetensors": "model.safetensors", "gguf": "model-{}.gguf", "nanogpt": "nanogpt"}
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # and what they are called in GGUF
@@ -178,10 +176,10 @@ def export() -> None:
         elif to == "safetensors":
             write_safetensors(place, config, weights, tokens)
         else:
-            import to_gguf
+            from quartz import gguf
 
             short = DTYPES.get(full_dtype(), dtype)
-            to_gguf.write(place, config, weights, tokens, short, Path(out_dir).resolve().name)
+            gguf.write(place, config, weights, tokens, short, Path(out_dir).resolve().name)
             if config.arch == "gpt2" and config.block_size % 256:
                 print(f"llama.cpp can't go beyond this model's {config.block_size} positions: bound the text with -n")
     print(f"wrote {place}")

@@ -17,12 +17,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import dataset
-import optimizer as optimizers
-import tokenizer
 from configurator import UserError
 from model import GPT, GPTConfig
+from quartz import checkpoint, optim, shards, tokenizer
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
@@ -208,7 +205,7 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
         name, data = str(state["config"].get("dataset") or ""), state.get("tokenizer")
         if data is None:
             with contextlib.suppress(UserError):  # the data set need not be here
-                data = dataset.tokenizer_of(name, gpt.config.vocab_size)
+                data = shards.tokenizer_of(name, gpt.config.vocab_size)
         if data is not None:
             tokenizer.check_data(data, gpt.config.vocab_size)
         model = cls(NanoGPTConfig.from_gpt(gpt.config, tokenizer=data, dataset=name), gpt).eval()
@@ -235,7 +232,7 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"a checkpoint has no place for {min(unknown)}: merge adapters first (merge_and_unload)")
         # nanoGPT does not resume without an optimizer: this is one that has made no step, with nanoGPT's settings
         updater = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "meta")
-        optimizers.refine(updater, gpt, {}, "")  # names the parameters, so that Muon takes it, too
+        optim.refine(updater, gpt, {}, "")  # names the parameters, so that Muon takes it, too
         moments = updater.state_dict()
         for group in moments["param_groups"]:
             group["fused"] = None  # nanoGPT takes this, too, from here: whatever suits its machine

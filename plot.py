@@ -19,8 +19,8 @@ configurator.configure(globals(), [argument for argument in sys.argv[1:] if argu
 
 from pathlib import Path
 
-import curves
 from configurator import UserError
+from quartz import curves
 
 
 def check_settings(folders: list[Path]) -> None:

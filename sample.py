@@ -40,12 +40,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import decode
-import runtime
-import tokenizer
 from configurator import UserError
 from model import GPT, Sampling
+from quartz import checkpoint, compiled, machine, tokenizer
 
 GPU_CHUNK = 16  # tokens that a GPU is ahead of what is shown, so that it need not wait
 SEPARATOR = "---------------"
@@ -71,7 +68,7 @@ def check_settings() -> None:
         ),
         (quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}"),
     ]
-    looks = [lambda: runtime.check_machine(device, dtype), read_prompts]
+    looks = [lambda: machine.check_machine(device, dtype), read_prompts]
     if quantize:
         looks.append(check_quantize)
     looks.append(lambda: checkpoint.check_source(init_from, out_dir))
@@ -79,7 +76,7 @@ def check_settings() -> None:
 
 
 def check_quantize() -> None:
-    if (place := runtime.pick_device(device)).type != "cpu":
+    if (place := machine.pick_device(device)).type != "cpu":
         raise UserError(f"quantize={quantize} is for CPUs, not for {place.type}: leave it out, or add --device=cpu")
 
 
@@ -117,8 +114,8 @@ def encode(prompts: list[str], tokens: tokenizer.Tokenizer, block_size: int) -> 
 
 def check_memory(model: GPT, rows: int, length: int, place: torch.device) -> None:
     """Raises UserError where the cache, and the logits with what is drawn from them, would not fit."""
-    c, there = model.config, runtime.available_memory(place)
-    element = 4 if place.type == "cpu" else runtime.pick_dtype(dtype, place).itemsize
+    c, there = model.config, machine.available_memory(place)
+    element = 4 if place.type == "cpu" else machine.pick_dtype(dtype, place).itemsize
     cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * min(length, c.block_size) * element
     needed = rows * (cache + 8 * c.vocab_size * 4 + 3 * max_new_tokens * 4)
     if there is not None and needed > there:
@@ -155,8 +152,8 @@ def write_report(text: str, is_final: bool) -> None:
 
 def main() -> None:
     check_settings()
-    place = runtime.pick_device(device)
-    kept = torch.float32 if dtype == "auto" and place.type == "cpu" else runtime.pick_dtype(dtype, place)
+    place = machine.pick_device(device)
+    kept = torch.float32 if dtype == "auto" and place.type == "cpu" else machine.pick_dtype(dtype, place)
     model, tokenizer_data, _ = checkpoint.model_and_tokenizer(init_from, out_dir)
     if tokenizer_data is None:
         raise UserError(
@@ -169,7 +166,7 @@ def main() -> None:
     rows = [prompt for prompt in ids for _ in range(num_samples)]
     if logprobs:
         write_report("", is_final=False)  # that it can be written shows before the work, not after it
-    engine = decode.prepare(model.eval(), place, kept, quantize == "int8", len(rows), max_new_tokens, compile)
+    engine = compiled.prepare(model.eval(), place, kept, quantize == "int8", len(rows), max_new_tokens, compile)
     streams = [tokenizer.TextStream(tokens, stops()) for _ in rows]
     texts = [prompts[n // num_samples] for n in range(len(rows))]  # what is still to be shown of each
     drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in rows]

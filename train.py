@@ -93,14 +93,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import dataset as data
-import lora
-import optimizer as optimizers
-import runtime
 from configurator import UserError
-from log import Log
 from model import GPT, GPT2_MODELS, GPTConfig
+from quartz import checkpoint, lora, machine, optim, shards
+from quartz.log import Log
 
 # Settings that a checkpoint decides.
 _ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "arch", "n_kv_head", "tie_embeddings")
@@ -155,8 +151,8 @@ def check_settings() -> None:
             f"init_from={init_from} is not scratch, resume, {', '.join(GPT2_MODELS)}, nor a folder",
         ),
     ]
-    looks = [lambda: data.find(dataset), lambda: runtime.check_machine(device, dtype)]
-    looks.append(lambda: optimizers.multipliers(lr_multipliers))
+    looks = [lambda: shards.find(dataset), lambda: machine.check_machine(device, dtype)]
+    looks.append(lambda: optim.multipliers(lr_multipliers))
     if init_from == "resume":
         looks.append(lambda: checkpoint.to_use(out_dir))
     if not eval_only and not (init_from == "resume" and not os.path.isdir(out_dir)):
@@ -175,8 +171,8 @@ def make_optimizer(model: GPT, place: torch.device, compute_dtype: torch.dtype) 
         updater = model.configure_optimizers(weight_decay, learning_rate, betas, place.type)
     else:
         rates = {"matrix": muon_lr, "embedding": embedding_lr, "head": head_lr, "vector": learning_rate}
-        updater = optimizers.muon(model, rates, muon_momentum, betas, weight_decay, compute_dtype)
-    optimizers.refine(updater, model, optimizers.multipliers(lr_multipliers), no_decay)
+        updater = optim.muon(model, rates, muon_momentum, betas, weight_decay, compute_dtype)
+    optim.refine(updater, model, optim.multipliers(lr_multipliers), no_decay)
     return updater
 
 
@@ -273,28 +269,28 @@ def start_wandb(config: dict):
 def main() -> None:
     global init_from
     check_settings()
-    runtime.keep_freed_memory()
-    runtime.set_deterministic(deterministic)
-    processes, place = runtime.start_processes(device, backend)
+    machine.keep_freed_memory()
+    machine.set_deterministic(deterministic)
+    processes, place = machine.start_processes(device, backend)
     is_writing = processes.is_master and not eval_only
     with (
-        runtime.lost_ranks_named(processes),
+        machine.lost_ranks_named(processes),
         checkpoint.claimed(out_dir) if is_writing else contextlib.nullcontext(),
     ):
-        restarted = runtime.any_of(runtime.attempt() > 0, place)
+        restarted = machine.any_of(machine.attempt() > 0, place)
         if is_writing and not restarted:
             checkpoint.forget_launch(out_dir)
         if restarted and init_from != "resume":
-            goes_on = is_writing and checkpoint.is_of(out_dir, runtime.launch_id())
-            if runtime.any_of(goes_on, place):
+            goes_on = is_writing and checkpoint.is_of(out_dir, machine.launch_id())
+            if machine.any_of(goes_on, place):
                 init_from = "resume"
         run(processes, place)
-        runtime.stop_processes()
+        machine.stop_processes()
 
 
-def run(processes: runtime.Processes, place: torch.device) -> None:
-    compute_dtype = runtime.pick_dtype(dtype, place)
-    autocast = runtime.autocast(place, compute_dtype)
+def run(processes: machine.Processes, place: torch.device) -> None:
+    compute_dtype = machine.pick_dtype(dtype, place)
+    autocast = machine.autocast(place, compute_dtype)
     alone, is_writing = processes.world_size == 1, processes.is_master and not eval_only
     stopping = []  # signals that came in: the run ends at the next iteration's border, and at once on a second one
 
@@ -307,8 +303,8 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
 
     # Data, model, optimizer
     torch.manual_seed(seed)
-    folder = data.find(dataset)
-    meta = data.load_meta(folder)
+    folder = shards.find(dataset)
+    meta = shards.load_meta(folder)
     raw_model, state = load_model(meta)
     model_args = raw_model.config.to_args()
     T = raw_model.config.block_size
@@ -318,13 +314,13 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         max_iters = math.ceil(token_budget / tokens_per_iter)
         lr_decay_iters = lr_decay_iters if "lr_decay_iters" in _given else max_iters
     tell_changes(state)
-    splits = {name: data.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
+    splits = {name: shards.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
     configurator.check([], [lambda split=split: split.check_length(T) for split in splits.values()])
     raw_model.activation_checkpointing = activation_checkpointing
     if compile:
-        runtime.compile_model(raw_model, place)
+        machine.compile_model(raw_model, place)
     if fsdp:
-        import sharding
+        from quartz import sharding
 
         sharding.divide(raw_model, place)
     else:
@@ -333,7 +329,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
     peak_rates = [group["lr"] / learning_rate for group in updater.param_groups]  # of each group, over learning_rate
     scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
     if state.get("model", {}) is None:
-        import sharding
+        from quartz import sharding
 
         sharding.load(state, raw_model, updater)
     elif "optimizer" in state:
@@ -353,9 +349,9 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
             raw_model, device_ids=[processes.local_rank] if place.type == "cuda" else None
         )
     micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
-    peak = runtime.peak_flops(place, compute_dtype)
+    peak = machine.peak_flops(place, compute_dtype)
 
-    def batch_at(split: data.Split, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch_at(split: shards.Split, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = split.windows(starts, T)
         if place.type == "cuda":  # from pinned memory the copy runs while the GPU computes
             x, y = x.pin_memory(), y.pin_memory()
@@ -364,7 +360,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
     def training_batch(nth: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The run's nth micro-batch, all processes' counted."""
         rows = np.arange(nth * batch_size, (nth + 1) * batch_size)
-        return batch_at(splits["train"], data.training_starts(rows, len(splits["train"]), T, seed))
+        return batch_at(splits["train"], shards.training_starts(rows, len(splits["train"]), T, seed))
 
     def loss_of(network: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         with autocast:
@@ -377,7 +373,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         raw_model.eval()
         for name, split in splits.items():
             batches = min(eval_iters, math.ceil((len(split) - 1) / (batch_size * T)))
-            starts = data.evaluation_starts(len(split), T, batches * batch_size).reshape(batches, batch_size)
+            starts = shards.evaluation_starts(len(split), T, batches * batch_size).reshape(batches, batch_size)
             total = torch.zeros((), device=place)
             for first in range(0, batches, processes.world_size):
                 if stopping and alone:
@@ -406,13 +402,13 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
                 path = (Path(out_dir) / name).with_suffix(".dcp")
                 checkpoint.save_shards(path, contents, raw_model, updater, is_writing)
             return
-        contents["model"] = runtime.gather(raw_model.state_dict(), processes)
+        contents["model"] = machine.gather(raw_model.state_dict(), processes)
         if adapted:
             contents["lora"] = adapted
             if is_writing and checkpoint.BEST in names:  # what there is to pass on
                 by_itself = {"model": lora.adapters(contents["model"]), "model_args": model_args, "lora": adapted}
                 checkpoint.save(Path(out_dir) / checkpoint.ADAPTER, {**by_itself, "base": base})
-        contents["optimizer"] = runtime.gather(updater.state_dict(), processes)
+        contents["optimizer"] = machine.gather(updater.state_dict(), processes)
         for name in names if is_writing else ():
             checkpoint.save(Path(out_dir) / name, contents)
             checkpoint.drop_other_forms(Path(out_dir) / name)
@@ -425,7 +421,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         if init_from != "resume":
             checkpoint.set_aside(Path(out_dir))
         if "RANK" in os.environ:
-            checkpoint.began(out_dir, runtime.launch_id())
+            checkpoint.began(out_dir, machine.launch_id())
     if processes.is_master:
         print(f"tokens per iteration will be: {tokens_per_iter:,}")
         print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
@@ -470,17 +466,17 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
         began = time.perf_counter()
         raw_model.train()
         if raw_model.config.dropout:
-            torch.manual_seed(data.mix(seed, iter_num, processes.rank))
+            torch.manual_seed(shards.mix(seed, iter_num, processes.rank))
         lr = get_lr(iter_num)
         for group, rate in zip(updater.param_groups, peak_rates, strict=True):
             group["lr"] = lr * rate
             if "momentum" in group:
-                group["momentum"] = optimizers.momentum_at(iter_num, muon_momentum)
+                group["momentum"] = optim.momentum_at(iter_num, muon_momentum)
         # The mean loss of all micro-batches, the signals that came in, and for each rank whether its loss is no number
         loss = torch.zeros(2 + processes.world_size, device=place)
         for micro_step in range(micro_steps):
             if not alone:  # gradients travel once an update
-                runtime.set_gradient_sync(model, micro_step == micro_steps - 1)
+                machine.set_gradient_sync(model, micro_step == micro_steps - 1)
             micro_loss = loss_of(model, batch) / micro_steps
             nth += processes.world_size
             if micro_step + 1 < micro_steps or iter_num + 1 < max_iters:
@@ -488,7 +484,7 @@ def run(processes: runtime.Processes, place: torch.device) -> None:
             scaler.scale(micro_loss).backward()
             loss[0] += micro_loss.detach()
         scaler.unscale_(updater)
-        grad_norm = runtime.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
+        grad_norm = machine.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
         loss[1], loss[2 + processes.rank] = len(stopping), ~loss[0].isfinite()
         # The one place in an update that waits for the GPU
         mean_loss, stops, *bad, grad_norm = torch.cat((processes.sum(loss), grad_norm.reshape(1))).tolist()

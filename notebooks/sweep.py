@@ -20,12 +20,10 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint
 import configurator
-import dataset as data
-import runtime
 from configurator import UserError
 from model import GPT, GPTConfig
+from quartz import checkpoint, machine, shards
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,7 +97,7 @@ def points() -> list[Point]:
     return found
 
 
-def measure(point: Point, splits: dict[str, data.Split], vocab_size: int) -> dict:
+def measure(point: Point, splits: dict[str, shards.Split], vocab_size: int) -> dict:
     """Trains a point's model with train.py, and returns its line of the results."""
     config = point.config(vocab_size)
     with torch.device("meta"):
@@ -137,13 +135,13 @@ def measure(point: Point, splits: dict[str, data.Split], vocab_size: int) -> dic
 
 
 @torch.no_grad()
-def validation_loss(model: GPT, split: data.Split) -> float:
+def validation_loss(model: GPT, split: shards.Split) -> float:
     """The mean loss over the same EVALUATION_ROWS windows for each model, in nats a character."""
     place, total = torch.device("cpu"), 0.0
-    starts = data.evaluation_starts(len(split), BLOCK_SIZE, EVALUATION_ROWS)
+    starts = shards.evaluation_starts(len(split), BLOCK_SIZE, EVALUATION_ROWS)
     for first in range(0, EVALUATION_ROWS, EVALUATION_BATCH):
         x, y = split.windows(starts[first : first + EVALUATION_BATCH], BLOCK_SIZE)
-        with runtime.autocast(place, runtime.pick_dtype("auto", place)):
+        with machine.autocast(place, machine.pick_dtype("auto", place)):
             total += model(x, y, return_logits=False)[1].item()
     return total * EVALUATION_BATCH / EVALUATION_ROWS
 
@@ -155,9 +153,9 @@ def main() -> None:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         there = {Point(*(line[name] for name in Point._fields)) for line in lines}
         todo = [point for point in todo if point not in there]
-    folder = data.find(DATASET)
-    meta = data.load_meta(folder)
-    splits = {name: data.Split(folder, name, meta) for name in ("train", "val")}
+    folder = shards.find(DATASET)
+    meta = shards.load_meta(folder)
+    splits = {name: shards.Split(folder, name, meta) for name in ("train", "val")}
     print(f"{len(todo)} runs to go")
     with ThreadPoolExecutor(workers) as pool, open(path, "a", encoding="utf-8", buffering=1) as file:
         runs = [pool.submit(measure, point, splits, meta["vocab_size"]) for point in todo]

@@ -135,8 +135,8 @@ def start():
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Path:
     """A folder to stand in, with data/tiny prepared: about 3,000 characters of 28 kinds."""
-    import corpus
-    from tokenizer import CharTokenizer
+    from quartz import corpus
+    from quartz.tokenizer import CharTokenizer
 
     monkeypatch.chdir(tmp_path)
     text = "".join(f"line {n} of {n * n}: the quick brown fox jumps\n" for n in range(80))
@@ -160,7 +160,7 @@ def shakespeare() -> Path:
 def gpt2_bpe() -> None:
     """Skips where tiktoken can't find GPT-2's tokens."""
     from configurator import UserError
-    from tokenizer import GPT2Tokenizer
+    from quartz.tokenizer import GPT2Tokenizer
 
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's tokens")

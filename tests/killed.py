@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
+from quartz import checkpoint  # noqa: E402
 
 
 def begin(arguments: list[str]) -> int:

@@ -38,11 +38,11 @@ def network():
 def ours(dtype: str, streams: int, tokens: int):
     import torch
 
-    import decode
+    from quartz import compiled
 
     model = network()
     kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-    engine = decode.prepare(model, torch.device("cpu"), kept, dtype == "int8", streams, 10**9, True)
+    engine = compiled.prepare(model, torch.device("cpu"), kept, dtype == "int8", streams, 10**9, True)
     idx = torch.randint(SHAPE["vocab_size"], (1, PROMPT)).repeat(streams, 1)
 
     def run():
@@ -94,12 +94,12 @@ def llama_cpp(dtype: str, streams: int, tokens: int):
     import numpy as np
     import torch
 
-    import to_gguf
+    from quartz import gguf
 
     model = network()
     path = Path(tempfile.mkdtemp()) / "model.gguf"
     kind = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}[dtype]
-    to_gguf.write(path, model.config, model.state_dict(), None, kind, "GPT-2")
+    gguf.write(path, model.config, model.state_dict(), None, kind, "GPT-2")
     quiet = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(quiet, None)
     llama_cpp.keep = quiet
@@ -139,8 +139,7 @@ def sample_as_nanogpt_does(folder: str) -> None:
     import tiktoken  # noqa: F401
     import torch
 
-    import checkpoint
-    import tokenizer
+    from quartz import checkpoint, tokenizer
 
     state = checkpoint.load(Path(folder) / "ckpt.pt")
     model, tokens = checkpoint.build_model(state).eval(), tokenizer.from_data(state["tokenizer"])
@@ -179,12 +178,12 @@ def train_as_nanogpt_does(dataset: str, out_dir: str, seed: int) -> None:
     import torch
     from torch.nn import functional as F
 
-    import dataset as data
     from model import GPT, GPTConfig
+    from quartz import shards
 
     tanh_gelu = F.gelu
     F.gelu = lambda x, approximate: tanh_gelu(x)  # its own is the erf form, which is faster
-    folder = data.find(dataset)
+    folder = shards.find(dataset)
     splits = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in ("train", "val")}
     torch.manual_seed(seed)
 
@@ -193,7 +192,7 @@ def train_as_nanogpt_does(dataset: str, out_dir: str, seed: int) -> None:
         rows = np.stack([splits[split][start : start + 65] for start in starts]).astype(np.int64)
         return [torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])]
 
-    config = GPTConfig(64, data.load_meta(folder)["vocab_size"], n_layer=4, n_head=4, n_embd=128, bias=False)
+    config = GPTConfig(64, shards.load_meta(folder)["vocab_size"], n_layer=4, n_head=4, n_embd=128, bias=False)
     model = GPT(config)
     matrices, vectors = ([p for p in model.parameters() if (p.dim() < 2) == is_vector] for is_vector in (False, True))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -258,8 +257,8 @@ def compare_preparations(path: str, rounds: int) -> None:
 
     import tiktoken
 
-    import corpus
-    from documents import pieces_of
+    from quartz import corpus
+    from quartz.documents import pieces_of
 
     texts = [piece.text for piece in pieces_of(Path(path), "text")]
     size, threads, encoding = sum(len(text.encode()) for text in texts), corpus.cores(), tiktoken.get_encoding("gpt2")
@@ -323,7 +322,7 @@ def main() -> None:
         return work(*options.work, options.streams, options.tokens)
     import torch
 
-    from runtime import memory_speed
+    from quartz.machine import memory_speed
 
     print(f"memory: {memory_speed(torch.device('cpu')) / 1e9:.1f} GB/s")
     record = {}

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from conftest import assert_user_error, flags
 
-import runtime
 from model import GPT, GPTConfig
+from quartz import machine
 
 SMALL = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 2, "vocab_size": 40}
 SMALL |= {"device": "cpu", "compile": False, "rounds": 2, "steps": 1}
@@ -34,7 +34,7 @@ def test_decoding_is_measured_against_the_full_forward_pass(bench, settings):
     assert record["ratio"] > 0 and record["memory_share"] > 0
     shape = {name: SMALL[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     # What is read: float32 where no step is compiled, bfloat16 where many rows are multiplied in it.
-    each = 2 if settings.get("batch_size") == 9 and runtime.cpu_has_bfloat16() else 4
+    each = 2 if settings.get("batch_size") == 9 and machine.cpu_has_bfloat16() else 4
     assert record["weight_bytes"] == each * GPT(GPTConfig(**shape, bias=False)).get_num_params()
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig
+from quartz import checkpoint
 
 ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 28, "dropout": 0.0}
 BEST_LOSSES = [torch.tensor(1.25), np.float64(1.25), np.float32(1.25), 1.25]

@@ -13,20 +13,17 @@ import numpy as np
 import pytest
 from conftest import PRINT_PEAK, ROOT
 
-import corpus
-import dataset
-import documents
-import files
 from configurator import UserError
-from corpus import Recipe, prepare
-from dataset import Split
-from tokenizer import END_OF_TEXT, CharTokenizer, from_data
+from quartz import corpus, documents, files, shards
+from quartz.corpus import Recipe, prepare
+from quartz.shards import Split
+from quartz.tokenizer import END_OF_TEXT, CharTokenizer, from_data
 
 
 def test_a_data_set_reads_back_as_written_here_and_by_nanogpt(tmp_path):
     tokenizer = CharTokenizer.train("abc\n")
     corpus.write_dataset(tmp_path, {"train": [1, 2, 3], "val": [0]}, tokenizer)
-    meta = dataset.load_meta(tmp_path)
+    meta = shards.load_meta(tmp_path)
     assert meta["tokens"] == {"train": 3, "val": 1} and meta["vocab_size"] == 4
     assert Split(tmp_path, "train", meta).read(0, 3).tolist() == [1, 2, 3]
     theirs = pickle.loads((tmp_path / "meta.pkl").read_bytes())
@@ -65,11 +62,11 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path,
         patch.undo()
         monkeypatch.chdir(tmp_path)
         try:
-            dataset.find(str(stop_at))
+            shards.find(str(stop_at))
         except UserError:
             assert not finished
             continue
-        meta = dataset.load_meta(folder)
+        meta = shards.load_meta(folder)
         tokens = [Split(folder, name, meta, meta["vocab_size"]).read(0, 1).tolist() for name in ("train", "val")]
         found = (tokens, meta["vocab_size"])
         assert found == ([[3], [2]], 4) or (not finished and found == ([[0], [1]], 2))
@@ -80,7 +77,7 @@ def test_a_text_too_short_to_split_changes_nothing(tmp_path):
     corpus.write_dataset(tmp_path, {"train": [0], "val": [0]}, CharTokenizer.train("a"))
     with pytest.raises(UserError, match="nothing is left for train"):
         corpus.write_dataset(tmp_path, {"train": [], "val": [0]}, CharTokenizer.train("b"))
-    assert dataset.load_meta(tmp_path)["tokenizer"]["chars"] == ["a"]
+    assert shards.load_meta(tmp_path)["tokenizer"]["chars"] == ["a"]
 
 
 def test_what_is_written_reaches_the_disk(tmp_path, monkeypatch):
@@ -101,7 +98,7 @@ def test_json_meta_is_plain(tmp_path):
 
 def read_back(folder) -> dict[str, list[str]]:
     """The documents of each split, or what of them is there."""
-    meta = dataset.load_meta(folder)
+    meta = shards.load_meta(folder)
     tokenizer, found = from_data(meta["tokenizer"]), {}
     for name in ("train", "val"):
         split = Split(folder, name, meta, meta["vocab_size"])
@@ -230,7 +227,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path, start):
     """SIGKILL, while it works; nothing is read as a data set before it is whole."""
     text = "".join(f"{n} bottles and {n * n} glasses\n" for n in range(60_000))
     (tmp_path / "a.txt").write_text(text)
-    code = "import sys, corpus; from pathlib import Path; corpus.SAVE_SECONDS, corpus.BATCH_CHARS = 0, 2000; "
+    code = "import sys; from quartz import corpus; from pathlib import Path; corpus.SAVE_SECONDS, corpus.BATCH_CHARS = 0, 2000; "
     code += "corpus.prepare(Path(sys.argv[2]), sys.argv[1], corpus.Recipe('byte', shard_tokens=100_000))"
 
     def begin(out):
@@ -298,7 +295,7 @@ def test_shards_that_are_gone_begin_anew(tmp_path, stories, monkeypatch, capsys)
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    code = "import sys, corpus; from pathlib import Path; "
+    code = "import sys; from quartz import corpus; from pathlib import Path; "
     code += "corpus.prepare(Path(sys.argv[2]), sys.argv[1], corpus.Recipe('byte', workers=2)); "
     code += PRINT_PEAK
     peaks = []
@@ -324,7 +321,7 @@ def test_special_tokens_in_the_text_are_text(tmp_path):
     texts = [f"{n} <|endoftext|> <|im_start|>" for n in range(60)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     prepare(tmp_path / "out", str(tmp_path / "a.jsonl"), Recipe("byte"))
-    meta = dataset.load_meta(tmp_path / "out")
+    meta = shards.load_meta(tmp_path / "out")
     ids = Split(tmp_path / "out", "train", meta).read(0, meta["tokens"]["train"])
     assert (ids == 256).sum() == meta["documents"]["train"] and not (ids > 256).any()
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-import curves
+from quartz import curves
 
 pytest.importorskip("matplotlib")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-import dataset
 from configurator import UserError
-from dataset import Split, evaluation_starts, training_starts
+from quartz import shards
+from quartz.shards import Split, evaluation_starts, training_starts
 
 META = {"dtype": "uint16", "tokens": None}
 
@@ -47,7 +47,7 @@ def test_rows_depend_on_seed_and_number_alone():
 
 def test_the_order_is_fixed_for_ever():
     """A change of these numbers would break every run that is resumed with a newer version."""
-    assert dataset.mix(0) == 0xE220A8397B1DCDAF  # splitmix64's published first number
+    assert shards.mix(0) == 0xE220A8397B1DCDAF  # splitmix64's published first number
     assert training_starts(np.arange(4), 1_003_854, 64, 1337).tolist() == [961628, 180444, 85020, 843868]
     assert training_starts(np.arange(10**6, 10**6 + 2), 1_003_854, 64, 1337).tolist() == [953717, 115573]
 
@@ -124,7 +124,7 @@ def test_a_shard_that_holds_other_than_its_count_is_named(tmp_path):
 
 
 def test_ids_beyond_the_vocabulary_are_found_in_the_batch_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SCAN_TOKENS", 4)
+    monkeypatch.setattr(shards, "SCAN_TOKENS", 4)
     write(tmp_path, "train.bin", [1, 2, 3, 4, 60, 5])
     split = Split(tmp_path, "train", META, vocab_size=50)
     split.windows(np.array([0]), 3)
@@ -141,7 +141,7 @@ def test_a_meta_pkl_that_hides_code_does_not_run_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": Bomb(), "stoi": {}}))
     with pytest.raises(UserError, match="meta file"):
-        dataset.load_meta(tmp_path)
+        shards.load_meta(tmp_path)
     assert not (tmp_path / "bomb").exists()
 
 
@@ -149,14 +149,14 @@ def test_nanogpts_meta_is_read(tmp_path):
     itos = {0: "\n", 1: "a", 2: "b"}
     theirs = {"vocab_size": 3, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(theirs))
-    meta = dataset.load_meta(tmp_path)
+    meta = shards.load_meta(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3}))
-    assert dataset.load_meta(tmp_path)["vocab_size"] == 3 and dataset.load_meta(tmp_path)["tokenizer"] is None
+    assert shards.load_meta(tmp_path)["vocab_size"] == 3 and shards.load_meta(tmp_path)["tokenizer"] is None
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": list("\nab")}))
-    assert dataset.load_meta(tmp_path)["tokenizer"] == meta["tokenizer"]
+    assert shards.load_meta(tmp_path)["tokenizer"] == meta["tokenizer"]
     assert meta["vocab_size"] == 3 and meta["tokenizer"] == {"type": "char", "chars": ["\n", "a", "b"]}
     (tmp_path / "meta.pkl").unlink()
-    assert dataset.load_meta(tmp_path)["tokenizer"] == {"type": "gpt2"}
+    assert shards.load_meta(tmp_path)["tokenizer"] == {"type": "gpt2"}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_nanogpts_meta_is_read(tmp_path):
 def test_a_broken_meta_json_is_one_problem(tmp_path, text):
     (tmp_path / "meta.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="meta file"):
-        dataset.load_meta(tmp_path)
+        shards.load_meta(tmp_path)
 
 
 def test_a_data_set_that_is_missing_is_one_problem_with_the_command(tmp_path, monkeypatch):
@@ -187,6 +187,6 @@ def test_a_data_set_that_is_missing_is_one_problem_with_the_command(tmp_path, mo
     (tmp_path / "data" / "mine").mkdir(parents=True)
     (tmp_path / "data" / "mine" / "prepare.py").touch()
     with pytest.raises(UserError, match=r"run: python data/mine/prepare\.py"):
-        dataset.find("mine")
+        shards.find("mine")
     with pytest.raises(UserError, match="shakespeare_char"):
-        dataset.find("nothing")
+        shards.find("nothing")

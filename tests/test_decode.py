@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-import decode
-from decode import CompiledStep, GraphedStep, pays, prepare, quantize_rows
 from model import GPT, GPTConfig, Sampling, Slots
+from quartz import compiled
+from quartz.compiled import CompiledStep, GraphedStep, pays, prepare, quantize_rows
 
 CPU = torch.device("cpu")
 SHAPE = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -51,7 +51,7 @@ def compiled_folder(tmp_path_factory):
 
 
 def has_compiler() -> bool:
-    return not decode.runtime.why_no_compiler(CPU)
+    return not compiled.machine.why_no_compiler(CPU)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler, or no Python headers")
@@ -135,16 +135,16 @@ def test_bfloat16_weights_are_computed_with_in_float32():
 
 def test_many_rows_in_bfloat16_are_multiplied_in_bfloat16():
     model = make()
-    prepare(model, CPU, torch.bfloat16, False, decode.MAX_COMPILED_ROWS + 1, 1, True)
+    prepare(model, CPU, torch.bfloat16, False, compiled.MAX_COMPILED_ROWS + 1, 1, True)
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_large_layers_go_through_onednn_and_agree(monkeypatch):
-    monkeypatch.setattr(decode, "ONEDNN_SIZE", 1000)
+    monkeypatch.setattr(compiled, "ONEDNN_SIZE", 1000)
     model = make()
     before = full_forward(model, [5, 6], 10)
     engine = prepare(model, CPU, torch.float32, False, 2, 1, False)
-    assert sum(isinstance(module, decode.OneDnnLinear) for module in model.modules()) == 4 * 2 + 1
+    assert sum(isinstance(module, compiled.OneDnnLinear) for module in model.modules()) == 4 * 2 + 1
     found = logits_of(model, [[5, 6], [5, 6]], 10, engine)
     torch.testing.assert_close(found[:, 0], before, atol=1e-4, rtol=0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,7 +162,7 @@ def test_without_a_working_compiler_it_goes_on_with_a_warning(tmp_path, monkeypa
         raise RuntimeError("g++: internal error\nand more lines")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(decode, "_build", build)
+    monkeypatch.setattr(compiled, "_build", build)
     model = make()
     assert prepare(model, CPU, torch.float32, False, 1, 10**9, True) is model
     err = capfd.readouterr().err
@@ -174,7 +174,7 @@ def test_without_a_working_compiler_it_goes_on_with_a_warning(tmp_path, monkeypa
 def test_a_damaged_package_is_made_anew(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, made = make(), []
-    step = CompiledStep(model, decode.pack(model, torch.float32, False), 1)
+    step = CompiledStep(model, compiled.pack(model, torch.float32, False), 1)
     assert not step.is_compiled()
     for path in step.paths:
         path.parent.mkdir(exist_ok=True)
@@ -185,8 +185,8 @@ def test_a_damaged_package_is_made_anew(tmp_path, monkeypatch, damage):
     for bad in (damage, whole[:500] + b"2" + whole[501:]):
         step.paths[0].write_bytes(bad)
         assert not step.is_compiled()
-    monkeypatch.setattr(decode, "_build", lambda path, *a: made.append(path))
-    monkeypatch.setattr(decode, "_load", lambda path: None)
+    monkeypatch.setattr(compiled, "_build", lambda path, *a: made.append(path))
+    monkeypatch.setattr(compiled, "_load", lambda path: None)
     step.compile()
     assert made == step.paths
 
@@ -255,5 +255,5 @@ def test_slots_write_where_they_are_told():
 def test_the_linear_layer_of_a_compiled_step_is_a_linear_layer():
     for rows in (1, 2, 5):
         linear, x = nn.Linear(31, 7), torch.randn(rows, 1, 31)
-        packed = decode.PackedLinear(linear.weight / 2, torch.full((7,), 2.0), linear.bias)
+        packed = compiled.PackedLinear(linear.weight / 2, torch.full((7,), 2.0), linear.bias)
         torch.testing.assert_close(packed(x), linear(x))

@@ -7,9 +7,9 @@ import sys
 import pytest
 from conftest import PRINT_PEAK, ROOT
 
-import documents
 from configurator import UserError
-from documents import files_of, is_held_out, pieces_of
+from quartz import documents
+from quartz.documents import files_of, is_held_out, pieces_of
 
 TEXTS = ["First one.\nTwo lines.\n", "Zweiter Text: ä ö ü\n", "第三の文書\n", "no newline at the end"]
 
@@ -230,7 +230,9 @@ def test_files_that_are_no_text_are_named(tmp_path):
 def test_a_file_that_unpacks_to_a_thousand_times_its_size_takes_no_memory(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"the same line\n" * 10_000_000))
-    code = f"import documents; from pathlib import Path; pieces = documents.pieces_of(Path({str(tmp_path)!r}, "
+    code = (
+        f"from quartz import documents; from pathlib import Path; pieces = documents.pieces_of(Path({str(tmp_path)!r}, "
+    )
     code += "'a.txt.zst'), 'text'); [next(pieces) for _ in range(200)]; "
     code += PRINT_PEAK
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,8 +1,8 @@
 import pytest
 from hub import Hub
 
-import download
 from configurator import UserError
+from quartz import download
 
 REPO = "someone/corpus"
 

@@ -11,11 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, flags, load
 
-import checkpoint
-import corpus
-import dataset
 import model
-import tokenizer
+from quartz import checkpoint, corpus, shards, tokenizer
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 33, "dropout": 0.0, "bias": True}
 
@@ -51,19 +48,19 @@ def trained(tiny, train):
 
 
 def characters() -> tokenizer.CharTokenizer:
-    return tokenizer.from_data(dataset.load_meta(dataset.find("tiny"))["tokenizer"])
+    return tokenizer.from_data(shards.load_meta(shards.find("tiny"))["tokenizer"])
 
 
 def tokens_of(name: str = "tiny", split: str = "val") -> list[int]:
-    folder = dataset.find(name)
-    whole = dataset.Split(folder, split, dataset.load_meta(folder))
+    folder = shards.find(name)
+    whole = shards.Split(folder, split, shards.load_meta(folder))
     return whole.read(0, len(whole)).tolist()
 
 
 def write(name: str, ids: list[int], tokens: tokenizer.Tokenizer) -> None:
     """A data set of these ids, which are its splits train and val."""
     os.makedirs(f"data/{name}", exist_ok=True)
-    corpus.write_dataset(dataset.Path("data") / name, {"train": ids, "val": ids}, tokens)
+    corpus.write_dataset(shards.Path("data") / name, {"train": ids, "val": ids}, tokens)
 
 
 @torch.no_grad()
@@ -199,7 +196,7 @@ def test_gpt2_loses_what_it_loses_in_transformers_and_its_marker_is_no_text(gpt2
 
 def test_in_a_text_the_marker_of_gpt2_is_text_like_any_other(gpt2, evaluate):
     text = "one <|endoftext|> two\n" * 30
-    dataset.Path("text.txt").write_text(text)
+    shards.Path("text.txt").write_text(text)
     record, _ = evaluate(init_from="small", source="text.txt", stride=48)
     ids = tokenizer.GPT2Tokenizer().encode(text)
     assert 50256 not in ids and record["tokens"] == len(ids) - 1 and record["bytes"] == len(text.encode()) - len("one")
@@ -208,14 +205,14 @@ def test_in_a_text_the_marker_of_gpt2_is_text_like_any_other(gpt2, evaluate):
 
 
 def test_without_a_tokenizer_there_are_no_bytes(reference, evaluate, fails):
-    path = dataset.find("tiny") / "meta.json"
+    path = shards.find("tiny") / "meta.json"
     meta = json.loads(path.read_text())
     whole, _ = evaluate()
     path.write_text(json.dumps({**meta, "tokenizer": None}))
     record, result = evaluate()
     assert record["loss"] == whole["loss"] and record["bits_per_byte"] is None and record["bytes"] is None
     assert "note: no tokenizer" in result.err and "bits" not in result.out.splitlines()[-2]
-    dataset.Path("text.txt").write_text("line")
+    shards.Path("text.txt").write_text("line")
     assert_user_error(fails(source="text.txt"), "ckpt.pt", "no tokenizer")
 
 

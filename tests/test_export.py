@@ -11,12 +11,10 @@ import torch
 from conftest import ROOT, assert_user_error, flags, load
 from torch.nn import functional as F
 
-import checkpoint
-import hf_folder
-import tokenizer
 from configurator import UserError
 from model import GPT, GPTConfig
-from tokenizer import PATTERNS, BPETokenizer, CharTokenizer, GPT2Tokenizer
+from quartz import checkpoint, hf_folder, tokenizer
+from quartz.tokenizer import PATTERNS, BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 TEXT = "".join(f"It's {n} bottles; I'LL drink {n * 37} of them, naïve 日本語 🙂\r\n\n  \tOK?! " for n in range(200))
 NETWORKS = {

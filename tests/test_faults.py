@@ -17,10 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_same_run, assert_user_error, flags, load, records
 
-import checkpoint
-import dataset
 import model as model_module
 from configurator import UserError
+from quartz import checkpoint, shards
 
 PLAIN = {**TINY, "dropout": 0.0, "n_head": 4, "n_embd": 32}
 MUON = {"optimizer": "muon", "arch": "qwen3", "tie_embeddings": False, "schedule": "wsd", "lr_decay_iters": 20}
@@ -217,13 +216,14 @@ def test_a_second_interrupt_ends_the_run_at_once(tiny, start):
     """The first one waits for the iteration's border, which here is a minute away."""
     (tiny / "slow.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import runpy, time, dataset\n"
-        "plain, calls = dataset.training_starts, []\n"
+        "import runpy, time\n"
+        "from quartz import shards\n"
+        "plain, calls = shards.training_starts, []\n"
         "def training_starts(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 5: open('slow', 'w'); [time.sleep(0.1) for _ in range(600)]\n"
         "    return plain(*arguments)\n"
-        "dataset.training_starts = training_starts\n"
+        "shards.training_starts = training_starts\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     process = start(tiny / "slow.py", *flags(**PLAIN), cwd=tiny)
@@ -316,7 +316,7 @@ def at_batch(monkeypatch):
     """at_batch(n, action) does it before the nth window of the run is read."""
 
     def at_batch(number, action):
-        plain, calls = dataset.Split.windows, []
+        plain, calls = shards.Split.windows, []
 
         def windows(self, starts, block_size):
             calls.append(1)
@@ -324,7 +324,7 @@ def at_batch(monkeypatch):
                 action()
             return plain(self, starts, block_size)
 
-        monkeypatch.setattr(dataset.Split, "windows", windows)
+        monkeypatch.setattr(shards.Split, "windows", windows)
 
     return at_batch
 

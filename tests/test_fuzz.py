@@ -26,14 +26,13 @@ from conftest import same
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import configurator
-import optimizer as optimizers
 from configurator import UserError
-from dataset import HEADER_INTS, HEADER_MAGIC, Split, load_meta
-from documents import pieces_of
 from model import GPT, GPTConfig
-from tokenizer import check_data, from_data
+from quartz import checkpoint, optim
+from quartz.documents import pieces_of
+from quartz.shards import HEADER_INTS, HEADER_MAGIC, Split, load_meta
+from quartz.tokenizer import check_data, from_data
 
 LONGEST = 5  # seconds that one reading may take; all take milliseconds
 WHY = "one line, what is wrong"
@@ -558,8 +557,8 @@ def updater_of(model: GPT) -> torch.optim.Optimizer:
     if model.config.arch == "gpt2":
         return model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     rates = {"matrix": 0.02, "embedding": 0.1, "head": 0.01, "vector": 0.01}
-    updater = optimizers.muon(model, rates, 0.95, (0.9, 0.95), 0.0)
-    optimizers.refine(updater, model, {"ln_1": 0.5}, "")
+    updater = optim.muon(model, rates, 0.95, (0.9, 0.95), 0.0)
+    optim.refine(updater, model, {"ln_1": 0.5}, "")
     return updater
 
 

@@ -15,12 +15,11 @@ from test_model import ROADS, make, shaken, sharpened, to_transformers, tokens
 
 transformers = pytest.importorskip("transformers")
 
-import checkpoint
-import dataset
 import hf
 from configurator import UserError
 from hf import NanoGPTConfig, NanoGPTLMHeadModel
 from model import GPT, GPTConfig
+from quartz import checkpoint, shards
 
 every_road = pytest.mark.parametrize("road", ROADS)
 
@@ -339,8 +338,8 @@ class Windows(torch.utils.data.IterableDataset):
     """The rows that train.py reads, in its order."""
 
     def __init__(self, folder, block_size, rows):
-        split = dataset.Split(folder, "train", dataset.load_meta(folder))
-        starts = dataset.training_starts(np.arange(rows), len(split), block_size, seed=1337)
+        split = shards.Split(folder, "train", shards.load_meta(folder))
+        starts = shards.training_starts(np.arange(rows), len(split), block_size, seed=1337)
         self.x, self.y = split.windows(starts, block_size)
 
     def __iter__(self):
@@ -434,6 +433,7 @@ def test_the_vocabulary_grows_and_shrinks(road, tmp_path):
 
 def test_nothing_else_imports_transformers():
     others = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "hf")
+    others += sorted(f"quartz.{path.stem}" for path in ROOT.glob("quartz/*.py"))
     code = f"import sys; import {', '.join(others)}; print('found:', 'transformers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "found: False" in result.stdout and {"train", "sample", "eval"} <= set(others), result.stderr

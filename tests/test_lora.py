@@ -4,10 +4,9 @@ import pytest
 import torch
 from conftest import assert_same_run, assert_user_error, flags, load
 
-import checkpoint
-import lora
 from configurator import UserError
 from model import GPT, GPTConfig
+from quartz import checkpoint, lora
 
 SHAPES = {
     "gpt2": {"bias": True},

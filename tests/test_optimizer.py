@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-import optimizer
-from checkpoint import load_optimizer
 from configurator import UserError
 from model import GPT, GPTConfig
-from optimizer import momentum_at, multipliers, muon, newton_schulz, refine
+from quartz import optim
+from quartz.checkpoint import load_optimizer
+from quartz.optim import momentum_at, multipliers, muon, newton_schulz, refine
 
 RATES = {"matrix": 0.02, "embedding": 0.012, "head": 0.004, "vector": 0.01}
 QWEN3 = {"arch": "qwen3", "bias": False, "n_kv_head": 2, "tie_embeddings": False}
@@ -63,7 +63,7 @@ def test_batches_of_parts_are_what_each_part_alone_would_be(changes):
     c, naive = model.config, {name: p.detach().clone() for name, p in model.named_parameters()}
     momenta = {name: torch.zeros_like(p) for name, p in naive.items()}
     updater = make_muon(model)
-    a, b, d = optimizer.QUINTIC
+    a, b, d = optim.QUINTIC
     for turn in range(3):
         grads(model, turn)
         for name, p in model.named_parameters():

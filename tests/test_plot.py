@@ -6,8 +6,7 @@ import time
 import pytest
 from conftest import ROOT, assert_same_run, assert_user_error
 
-import curves
-import log
+from quartz import curves, log
 
 pytest.importorskip("matplotlib")
 

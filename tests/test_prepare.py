@@ -8,8 +8,7 @@ import pytest
 from conftest import ROOT, assert_user_error
 from hub import Hub
 
-import dataset
-import tokenizer
+from quartz import shards, tokenizer
 
 
 @pytest.fixture
@@ -29,8 +28,8 @@ def prepare(project, run):
 
 
 def read(folder, split):
-    meta = dataset.load_meta(folder)
-    tokens = dataset.Split(folder, split, meta, meta["vocab_size"])
+    meta = shards.load_meta(folder)
+    tokens = shards.Split(folder, split, meta, meta["vocab_size"])
     return tokens.read(0, len(tokens)), tokenizer.from_data(meta["tokenizer"])
 
 
@@ -196,7 +195,7 @@ def test_ones_own_text_is_prepared_and_trained_on(project, prepare, run):
 def test_own_text_may_go_to_another_folder(project, prepare):
     (project / "a.txt").write_text("".join(f"line {n}\n" for n in range(500)))
     assert prepare("text", "--source=a.txt", "--tokenizer=char", "--out=data/mine").code == 0
-    assert dataset.find("mine") and not (project / "data" / "text" / "train.bin").exists()
+    assert shards.find("mine") and not (project / "data" / "text" / "train.bin").exists()
 
 
 def test_bad_input_to_ones_own_text_is_one_line_a_problem(project, prepare):

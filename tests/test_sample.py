@@ -10,10 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_user_error, flags
 
-import checkpoint
 import model
-import runtime
-import tokenizer
+from quartz import checkpoint, machine, tokenizer
 
 LINE = "---------------\n"
 
@@ -136,7 +134,7 @@ def test_on_a_terminal_text_appears_as_it_is_drawn(trained):
 
 
 def test_a_cache_that_cannot_fit_is_refused_with_its_size(trained, sample, monkeypatch):
-    monkeypatch.setattr(runtime, "available_memory", lambda place: 1_000_000)
+    monkeypatch.setattr(machine, "available_memory", lambda place: 1_000_000)
     assert sample(num_samples=2, max_new_tokens=20).code == 0
     # 2 (keys, values) x 2 layers x 16 wide x 16 positions x 4 bytes x 100,000 rows
     assert_user_error(sample(num_samples=100_000), "a cache of 0.4", "fewer samples")

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import to_gguf
 from configurator import UserError
 from model import GPT, GPTConfig
-from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer
+from quartz import gguf as room
+from quartz.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -48,7 +48,7 @@ def made(**changes) -> GPT:
 def write(tmp_path):
     def write(model: GPT, tokenizer=CHARS, dtype="f32"):
         path = tmp_path / "model.gguf"
-        to_gguf.write(path, model.config, model.state_dict(), tokenizer, dtype, "a model")
+        room.write(path, model.config, model.state_dict(), tokenizer, dtype, "a model")
         assert [*tmp_path.iterdir()] == [path]
         return path
 
@@ -102,7 +102,7 @@ def expected(model: GPT) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype", to_gguf.DTYPES)
+@pytest.mark.parametrize("dtype", room.DTYPES)
 def test_the_weights_are_ours_to_the_rounding_of_the_dtype(model, write, dtype):
     tensors, wanted = contents(write(model, dtype=dtype))[1], expected(model)
     assert tensors.keys() == wanted.keys()
@@ -192,21 +192,21 @@ def test_weights_too_large_for_f16_are_one_problem(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[3, 3] = 70000
     with pytest.raises(UserError, match=r"token_embd.weight .* dtype=bf16"):
-        to_gguf.write(tmp_path / "x.gguf", model.config, model.state_dict(), CHARS, "f16", "x")
+        room.write(tmp_path / "x.gguf", model.config, model.state_dict(), CHARS, "f16", "x")
     assert not [*tmp_path.iterdir()]
 
 
 def test_tokens_that_llama_cpp_cannot_tell_apart_are_one_problem(tmp_path):
     model, twice = made(), CharTokenizer("aé", ["Ã©"])
     with pytest.raises(UserError, match="2 of this tokenizer's are 'Ã©' there"):
-        to_gguf.write(tmp_path / "x.gguf", model.config, model.state_dict(), twice, "f32", "x")
+        room.write(tmp_path / "x.gguf", model.config, model.state_dict(), twice, "f32", "x")
 
 
 def test_without_the_gguf_package_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     model = made()
     with pytest.raises(UserError, match=r"writing GGUF needs the gguf package: pip install -e .\[gguf\]"):
-        to_gguf.write(tmp_path / "x.gguf", model.config, model.state_dict(), CHARS, "f32", "x")
+        room.write(tmp_path / "x.gguf", model.config, model.state_dict(), CHARS, "f32", "x")
 
 
 @pytest.mark.parametrize("missing", [1, 300, 5000, 10**9])
@@ -361,7 +361,7 @@ def both(request, tmp_path_factory):
         tokenizer = BPETokenizer.train([TEXT, *TEXTS], 700, request.param)
     model = GPT(GPTConfig(8, tokenizer.vocab_size + 3, 1, 1, 2))
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    to_gguf.write(path, model.config, model.state_dict(), tokenizer, "f32", "x")
+    room.write(path, model.config, model.state_dict(), tokenizer, "f32", "x")
     return tokenizer, Llama(path, vocab_only=True)
 
 
@@ -403,7 +403,7 @@ def test_where_llama_cpp_splits_text_otherwise_it_is_the_same_text(tmp_path, tok
     parts = dict.fromkeys(t.encode()[:n] for t in tokens[:1] for n in range(2, 5) if n <= len(t.encode()))
     ours = BPETokenizer.of_merges([*parts, tokens[1].encode()], "gpt4")
     model = GPT(GPTConfig(8, ours.vocab_size, 1, 1, 2))
-    to_gguf.write(tmp_path / "x.gguf", model.config, model.state_dict(), ours, "f32", "x")
+    room.write(tmp_path / "x.gguf", model.config, model.state_dict(), ours, "f32", "x")
     llama = Llama(tmp_path / "x.gguf", vocab_only=True)
     assert llama.encode(text) != ours.encode(text)
     assert b"".join(map(llama.token_bytes, llama.encode(text))) == text.encode()
@@ -412,7 +412,7 @@ def test_where_llama_cpp_splits_text_otherwise_it_is_the_same_text(tmp_path, tok
 def test_llama_cpp_has_no_end_of_text_but_the_one_that_was_added(tmp_path):
     """Without it, the plus sign of these characters would end every text."""
     model, plain = made(), CharTokenizer(CHARS.chars)
-    to_gguf.write(tmp_path / "x.gguf", model.config, model.state_dict(), plain, "f32", "x")
+    room.write(tmp_path / "x.gguf", model.config, model.state_dict(), plain, "f32", "x")
     llama = Llama(tmp_path / "x.gguf", vocab_only=True)
     ends = [i for i in range(llama.n_tokens) if llama.lib.llama_vocab_is_eog(llama.vocab, i)]
     assert ends == [100] and plain.decode([11]) == "+"
@@ -421,5 +421,5 @@ def test_llama_cpp_has_no_end_of_text_but_the_one_that_was_added(tmp_path):
 
 def test_a_character_that_the_tokenizer_lacks_is_dropped_by_llama_cpp(tmp_path):
     model, chars = made(), CharTokenizer("ab日")
-    to_gguf.write(tmp_path / "x.gguf", model.config, model.state_dict(), chars, "f32", "x")
+    room.write(tmp_path / "x.gguf", model.config, model.state_dict(), chars, "f32", "x")
     assert Llama(tmp_path / "x.gguf", vocab_only=True).encode("a旦é日\nb") == [0, 2, 1]

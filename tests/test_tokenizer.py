@@ -7,9 +7,9 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import tokenizer
 from configurator import UserError
-from tokenizer import PATTERNS, SPECIALS, BPETokenizer, CharTokenizer, GPT2Tokenizer, TextStream
+from quartz import tokenizer
+from quartz.tokenizer import PATTERNS, SPECIALS, BPETokenizer, CharTokenizer, GPT2Tokenizer, TextStream
 
 
 def test_characters_make_the_round_trip_and_are_numbered_in_order():

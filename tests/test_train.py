@@ -13,11 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_same_run, assert_user_error, flags, load, records, same
 
-import checkpoint
-import corpus
-import dataset
 import model as model_module
-import runtime
+from quartz import checkpoint, corpus, machine, shards
 
 
 @pytest.fixture
@@ -57,7 +54,7 @@ def test_the_state_before_the_first_update_is_never_the_best(tiny, train):
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 11])
 def test_a_run_stopped_by_sigterm_and_resumed_is_the_undisturbed_run(tiny, train, undisturbed, monkeypatch, stop_at):
-    plain, calls = dataset.training_starts, []
+    plain, calls = shards.training_starts, []
 
     def stop(rows, *arguments):
         calls.append(rows)
@@ -66,7 +63,7 @@ def test_a_run_stopped_by_sigterm_and_resumed_is_the_undisturbed_run(tiny, train
         return plain(rows, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "training_starts", stop)
+        patch.setattr(shards, "training_starts", stop)
         result = train(out_dir="cut", max_iters=12)
     assert result.code == 0 and "Traceback" not in result.err, result.err
     assert load(tiny / "cut" / "last.pt")["iter_num"] == stop_at
@@ -84,7 +81,7 @@ def test_evaluation_changes_nothing_in_training(tiny, train, undisturbed):
 
 
 def test_a_signal_during_evaluation_stops_it_and_the_resumed_run_is_the_same(tiny, train, undisturbed, monkeypatch):
-    plain, calls = dataset.Split.windows, []
+    plain, calls = shards.Split.windows, []
 
     def stop(self, starts, block_size):
         calls.append(self.name)
@@ -93,7 +90,7 @@ def test_a_signal_during_evaluation_stops_it_and_the_resumed_run_is_the_same(tin
         return plain(self, starts, block_size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.Split, "windows", stop)
+        patch.setattr(shards.Split, "windows", stop)
         assert train(out_dir="cut", max_iters=12).code == 0
     assert load(tiny / "cut" / "last.pt")["evaluated"] is False
     assert train(out_dir="cut", max_iters=12, init_from="resume").code == 0
@@ -171,7 +168,7 @@ def test_a_checkpoint_of_nanogpt_resumes_and_goes_back(tiny, train, bias):
     (tiny / "out").mkdir()
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 33, "dropout": 0.0}
     nanogpt.write(tiny / "out" / "ckpt.pt", torch.tensor(9.0), "_orig_mod.", iter_num=4, bias=bias, **shape)
-    assert dataset.load_meta(tiny / "data" / "tiny")["vocab_size"] == 33
+    assert shards.load_meta(tiny / "data" / "tiny")["vocab_size"] == 33
     result = train(init_from="resume", max_iters=8, bias=bias)
     assert result.code == 0, result.err
     assert [r["iter"] for r in records(tiny / "out") if "iter" in r] == [4, 5, 6, 7]
@@ -195,8 +192,8 @@ def test_the_first_resumed_update_is_nanogpts(tiny, train, clip):
     settings = {"learning_rate": 1e-3, "decay_lr": False, "dropout": 0.0, "max_iters": 5, "grad_clip": clip}
     assert train(init_from="resume", gradient_accumulation_steps=1, **settings).code == 0
     folder = tiny / "data" / "tiny"
-    split = dataset.Split(folder, "train", dataset.load_meta(folder))
-    x, y = split.windows(dataset.training_starts(np.arange(16, 20), len(split), 16, 1337), 16)
+    split = shards.Split(folder, "train", shards.load_meta(folder))
+    x, y = split.windows(shards.training_starts(np.arange(16, 20), len(split), 16, 1337), 16)
     torch.nn.functional.cross_entropy(reference(x).flatten(0, 1), y.flatten()).backward()
     if clip:
         norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm()
@@ -257,8 +254,8 @@ def test_a_log_that_can_not_be_written_is_one_line(tiny, train):
 def test_a_signal_before_the_start_leaves_the_earlier_run(tiny, train, monkeypatch):
     train(max_iters=2)
     before = {path.name: path.read_bytes() for path in (tiny / "out").iterdir()}
-    plain = dataset.load_meta
-    monkeypatch.setattr(dataset, "load_meta", lambda folder: os.kill(os.getpid(), signal.SIGINT) or plain(folder))
+    plain = shards.load_meta
+    monkeypatch.setattr(shards, "load_meta", lambda folder: os.kill(os.getpid(), signal.SIGINT) or plain(folder))
     assert train(max_iters=9).code == 0
     assert before == {path.name: path.read_bytes() for path in (tiny / "out").iterdir()}
 
@@ -323,7 +320,7 @@ def test_wandb_draws_against_iterations_and_gets_mfu_in_percent(tiny, train, mon
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **keywords: sent.append(keywords) or Run())
-    monkeypatch.setattr(runtime, "peak_flops", lambda place, dtype: 1e12)
+    monkeypatch.setattr(machine, "peak_flops", lambda place, dtype: 1e12)
     train(wandb_log=True, max_iters=1, wandb_project="p", wandb_run_name="r")
     assert sent[0]["project"] == "p" and sent[0]["name"] == "r" and sent[0]["config"]["n_layer"] == 2
     assert sent[1] == ("*", "iter") and sent[-1] == "finished"
@@ -362,13 +359,13 @@ def test_the_optimizer_takes_its_settings(tiny, train):
 
 def test_an_evaluation_reads_no_window_twice_over(tiny, train, monkeypatch):
     """val has 500 tokens: 8 batches of 4 windows of 16 hold them all, however many eval_iters asks for."""
-    read, plain = [], dataset.Split.windows
+    read, plain = [], shards.Split.windows
 
     def windows(self, starts, block_size):
         read.append(len(starts))
         return plain(self, starts, block_size)
 
-    monkeypatch.setattr(dataset.Split, "windows", windows)
+    monkeypatch.setattr(shards.Split, "windows", windows)
     train(eval_only=True, eval_iters=1000)
     assert len(read) == 8 + math.ceil(2883 / 64)
 
@@ -387,8 +384,8 @@ def test_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):
         ({"avx512_bf16": False}, torch.float32),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
-        assert runtime.pick_dtype("auto", cpu) is expected
-    assert runtime.pick_dtype("bfloat16", cpu) is torch.bfloat16
+        assert machine.pick_dtype("auto", cpu) is expected
+    assert machine.pick_dtype("bfloat16", cpu) is torch.bfloat16
 
 
 def test_a_compiled_run_resumes_exactly_and_its_checkpoint_has_plain_names(tiny, train):
@@ -502,7 +499,7 @@ def test_a_resume_with_another_architecture_is_refused(tiny, train, settings, wo
 
 
 def test_a_resume_with_another_tokenizer_is_refused(tiny, train):
-    from tokenizer import CharTokenizer
+    from quartz.tokenizer import CharTokenizer
 
     train(max_iters=2)
     (tiny / "data" / "other").mkdir()

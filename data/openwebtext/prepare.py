@@ -25,8 +25,7 @@ shard_tokens = 100_000_000  # tokens in a file, at the most
 workers = 0  # threads; 0 is one a core. The result is the same
 configurator.configure(globals())
 
-import corpus
-import download
+from quartz import corpus, download
 
 REPO = "Skylion007/openwebtext"
 PLACES = [("main", "plain_text"), ("refs/convert/parquet", "plain_text/train")]

@@ -20,9 +20,9 @@ import configurator
 source = ""  # a folder of Python files to use instead of the standard library
 configurator.configure(globals())
 
-import corpus
 from configurator import UserError
-from tokenizer import CharTokenizer
+from quartz import corpus
+from quartz.tokenizer import CharTokenizer
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 

@@ -16,8 +16,8 @@ source = ""  # a text file to use instead of the download
 url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"  # where to download
 configurator.configure(globals())
 
-import corpus
-from tokenizer import CharTokenizer
+from quartz import corpus
+from quartz.tokenizer import CharTokenizer
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ shard_tokens = 100_000_000  # tokens in a file, at the most
 workers = 0  # threads; 0 is one a core. The result is the same
 configurator.configure(globals())
 
-import corpus
+from quartz import corpus
 
 
 def main() -> None:

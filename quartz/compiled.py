@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 import model as model_module
-import runtime
 from model import GPT, KVCache, Slots
+from quartz import machine
 
 MAX_COMPILED_ROWS = 8  # above, a matrix product does better than as many products of a matrix and a vector
 COMPILE_SECONDS = 20.0  # what the first compilation takes on two cores, at most
@@ -99,7 +99,7 @@ def prepare(
             torch.cuda.set_device(place)  # where graphs are captured
             return GraphedStep(model)
         return model
-    if dtype == torch.bfloat16 and not quantize and rows > MAX_COMPILED_ROWS and runtime.cpu_has_bfloat16():
+    if dtype == torch.bfloat16 and not quantize and rows > MAX_COMPILED_ROWS and machine.cpu_has_bfloat16():
         return model.to(dtype)
     packed = pack(model.float(), dtype, quantize)
     if may_compile and rows <= MAX_COMPILED_ROWS and model.config.block_size >= 4:
@@ -109,7 +109,7 @@ def prepare(
                 step.compile()
                 return step
         except Exception as error:  # whatever a compiler or a folder that is missing, old or broken raises
-            reason = runtime.why_no_compiler(place) or f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            reason = machine.why_no_compiler(place) or f"{type(error).__name__}: {error}".split("\n")[0][:200]
             print(f"warning: the step can't be compiled ({reason}); going on without", file=sys.stderr)
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():

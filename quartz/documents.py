@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from configurator import UserError
-from tokenizer import END_OF_TEXT
+from quartz.extras import needs
+from quartz.tokenizer import END_OF_TEXT
 
 PACKED = (".gz", ".zst")
 PROSE = ".txt .text .md .rst .tex"
@@ -136,7 +137,7 @@ class _Zstandard(io.RawIOBase):
     """Reads frame after frame, and raises EOFError where the last one is cut off, which zstandard's reader does not."""
 
     def __init__(self, path: Path, raw: IO[bytes]):
-        self._zstandard, self._raw = needs("zstandard", f"reading {path}"), raw
+        self._zstandard, self._raw = needs("zstandard", f"reading {path}", "data"), raw
         self._frame, self._packed, self._held = None, b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -160,14 +161,6 @@ class _Zstandard(io.RawIOBase):
         count = min(len(buffer), len(self._held))
         buffer[:count], self._held = self._held[:count], self._held[count:]
         return count
-
-
-def needs(package: str, purpose: str, extra: str = "data"):
-    """Imports a package of an extra. Raises UserError that names the extra."""
-    try:
-        return __import__(package)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{purpose} needs the {error.name} package: pip install -e .[{extra}]") from error
 
 
 def _of_text(path: Path, file: IO[bytes], passage: int) -> Iterator[tuple[str, bool]]:
@@ -231,7 +224,7 @@ def _of_jsonl(path: Path, file: IO[bytes], field: str) -> Iterator[tuple[str, bo
 
 
 def _of_parquet(path: Path, file: IO[bytes], field: str) -> Iterator[Piece]:
-    needs("pyarrow", f"reading {path}")
+    needs("pyarrow", f"reading {path}", "data")
     import pyarrow
     import pyarrow.parquet
 

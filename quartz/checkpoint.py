@@ -24,16 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import dataset
-import files
-import hf_folder
-import lora
-import runtime
-import tokenizer
 from configurator import UserError
-from curves import LOG, PICTURE
 from model import CAUSAL_MASKS, GPT, GPT2_MODELS, GPTConfig
-from optimizer import moment_names
+from quartz import files, hf_folder, lora, machine, shards, tokenizer
+from quartz.curves import LOG, PICTURE
+from quartz.optim import moment_names
 
 BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"
 ZIP_FOLDER = 0x10  # among an archive entry's external attributes
@@ -90,7 +85,7 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
 
     plain: all but the tensors of model and optimizer. All processes have to call it.
     """
-    import sharding
+    from quartz import sharding
 
     partial, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
     try:
@@ -284,7 +279,7 @@ def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) 
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{state['path']} describes no GPT: {error}") from error
         if not torch.distributed.is_initialized():
-            import sharding
+            from quartz import sharding
 
             sharding.load(state, model, None)
         return model
@@ -344,7 +339,7 @@ def pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
 
 def _tokenizer_of(state: dict) -> dict | None:
     name = str(state["config"].get("dataset"))
-    return state.get("tokenizer") or dataset.tokenizer_of(name, state["model_args"]["vocab_size"])
+    return state.get("tokenizer") or shards.tokenizer_of(name, state["model_args"]["vocab_size"])
 
 
 def check_source(init_from: str, out_dir: str) -> None:
@@ -434,4 +429,4 @@ def _fitted(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         value = value[: parameter.size(0)].clone()
     if value.shape != parameter.shape:
         raise ValueError(f"moments of shape {tuple(value.shape)} for weights of shape {tuple(parameter.shape)}")
-    return runtime.divided_like(value, parameter)
+    return machine.divided_like(value, parameter)

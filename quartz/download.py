@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import files
 from configurator import UserError
+from quartz import files
 
 HUB = "https://huggingface.co"
 TIMEOUT = 60  # seconds without a byte

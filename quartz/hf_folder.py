@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-import files
 from configurator import UserError
-from documents import needs
 from model import GPTConfig, hf_config, state_to_hf
-from tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable, printable_bytes
+from quartz import files
+from quartz.extras import needs
+from quartz.tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable, printable_bytes
 
 TOKENIZER = "tokenizer.json"
 ANY_CHARACTER = r"[\s\S]"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import curves
 from configurator import UserError
+from quartz import curves
 
 WANDB_NAMES = {"step": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's; its mfu is in percent
 DRAWING_SHARE = 0.01  # of the time between two drawings, before the end of a run

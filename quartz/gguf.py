@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import files
 from configurator import UserError
-from documents import needs
 from model import GPT2_TRANSPOSED, GPTConfig, state_to_hf
-from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer, printable
+from quartz import files
+from quartz.extras import needs
+from quartz.tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer, printable
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 # Where llama.cpp splits text before it merges bytes. What it calls llama-bpe is GPT-4's pattern, and takes a word that

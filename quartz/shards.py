@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from tokenizer import GPT2Tokenizer, check_data
+from quartz.tokenizer import GPT2Tokenizer, check_data
 
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
 SCAN_TOKENS = 2**26  # of a split, looked at before a run starts; every batch is checked as it is read
@@ -43,7 +43,7 @@ def find(name: str) -> Path:
 
 
 def _places(name: str) -> list[Path]:
-    return [Path("data") / name, Path(__file__).resolve().parent / "data" / name, Path(name)]
+    return [Path("data") / name, Path(__file__).resolve().parents[1] / "data" / name, Path(name)]
 
 
 def _shard_files(folder: Path, split: str) -> list[Path]:
@@ -51,7 +51,7 @@ def _shard_files(folder: Path, split: str) -> list[Path]:
 
 
 def _known() -> list[str]:
-    return sorted(path.parent.name for path in (Path(__file__).resolve().parent / "data").glob("*/prepare.py"))
+    return sorted(path.parent.name for path in (Path(__file__).resolve().parents[1] / "data").glob("*/prepare.py"))
 
 
 def load_meta(folder: Path) -> dict:

@@ -14,10 +14,10 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-import runtime
 from configurator import UserError
 from model import GPT
-from optimizer import moment_names
+from quartz import machine
+from quartz.optim import moment_names
 
 # What DCP's .metadata, a pickle, is made of, and dtypes.
 _METADATA = {
@@ -63,9 +63,9 @@ def save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
     if isinstance(model, FSDPModule):
         model.reshard()  # after an evaluation, parameters outside of blocks are still whole
     tensors = _tensors(model, optimizer)
-    parts = {name: tensor.to_local() if runtime.is_divided(tensor) else tensor for name, tensor in tensors.items()}
+    parts = {name: tensor.to_local() if machine.is_divided(tensor) else tensor for name, tensor in tensors.items()}
     bad = [name for name, part in parts.items() if not part.isfinite().all()]
-    if runtime.any_of(bool(bad), next(model.parameters()).device):  # which also waits for all
+    if machine.any_of(bool(bad), next(model.parameters()).device):  # which also waits for all
         which = ", ".join(bad) or "a tensor of another rank"
         raise UserError(f"the run diverged: {which} is not finite; what {folder.parent} holds was left as it was")
     dcp.save(tensors, checkpoint_id=folder)

@@ -1,4 +1,4 @@
-"""From documents to a data set on disk: what the data/<name>/prepare.py scripts share. dataset.py reads the result.
+"""From documents to a data set on disk: what the data/<name>/prepare.py scripts share. shards.py reads the result.
 
 Files hold documents. A document, or a passage of a long text file, is held out for validation or not, by a hash of what
 it says, so that no other file has a say in it. Threads turn the pieces into ids; one writer puts them on disk in the
@@ -25,11 +25,11 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-import download
-import files
 from configurator import UserError, check
-from documents import PACKED, PASSAGE, files_of, is_held_out, is_text, needs, pieces_of
-from tokenizer import (
+from quartz import download, files
+from quartz.documents import PACKED, PASSAGE, files_of, is_held_out, is_text, pieces_of
+from quartz.extras import needs
+from quartz.tokenizer import (
     END_OF_TEXT,
     PATTERNS,
     SPECIALS,
@@ -353,7 +353,7 @@ class Preparation:
             if not chars:
                 raise UserError("there is no text: the files are empty")
             return CharTokenizer(sorted(chars), [END_OF_TEXT])
-        needs("tokenizers", "training a tokenizer")
+        needs("tokenizers", "training a tokenizer", "data")
         began, sample, seen = time.perf_counter(), [], {"train": 0, "val": 0}
         texts, size = self._training_texts(seen, sample), self.recipe.vocab_size or BPE_VOCABULARY
         tokenizer = BPETokenizer.train(texts, size, self.recipe.pattern)
@@ -449,15 +449,15 @@ def tokenizer_at(folder: Path) -> Tokenizer:
     Raises UserError where the folder has none, or one without the token that is to stand behind each document.
     """
     if (folder / "meta.json").exists() or (folder / "meta.pkl").exists():
-        import dataset  # with it comes torch, which takes seconds to load, and is needed for nothing else here
+        from quartz import shards  # with it comes torch, which takes seconds to load
 
-        data = dataset.load_meta(folder)["tokenizer"]
+        data = shards.load_meta(folder)["tokenizer"]
     elif (folder / "tokenizer.json").exists():
-        import hf_folder
+        from quartz import hf_folder
 
         data = hf_folder.read_tokenizer(folder)
     else:
-        import checkpoint
+        from quartz import checkpoint
 
         data = checkpoint.load_to_use(str(folder)).get("tokenizer")
     if not data:
