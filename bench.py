@@ -56,7 +56,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import compiled, machine, optim, shards
+from quartz import compiled, kernels, machine, optim, shards
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, MOMENTUM = 1e-4, (0.9, 0.95), 1e-2, 0.95
 
@@ -120,6 +120,7 @@ def step_of(model: torch.nn.Module, updater: torch.optim.Optimizer, autocast, ke
 def our_step(place: torch.device) -> tuple[GPT, Callable]:
     compute_dtype = machine.pick_dtype(dtype, place)
     model = GPT(our_config()).to(place)
+    kernels.install(model)
     if optimizer == "muon":
         rates = dict.fromkeys(("matrix", "embedding", "head", "vector"), LEARNING_RATE)
         updater = optim.muon(model, rates, MOMENTUM, BETAS, WEIGHT_DECAY, compute_dtype)

@@ -19,7 +19,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, optim, shards, tokenizer
+from quartz import checkpoint, kernels, optim, shards, tokenizer
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
@@ -108,12 +108,14 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     # What GPT does with weights and settings of these names
-    configure_optimizers, _initialise, _rope = GPT.configure_optimizers, GPT._initialise, GPT._rope
+    configure_optimizers, decay_groups = GPT.configure_optimizers, GPT.decay_groups
+    _initialise, _rope = GPT._initialise, GPT._rope
 
     def __init__(self, config: NanoGPTConfig, gpt: GPT | None = None):
         """A new network, or `gpt`, which it then shares its weights with. Raises ValueError for a config of none."""
         super().__init__(config)
         gpt = gpt or GPT(config.to_gpt())
+        kernels.install(gpt)
         self.transformer, self.lm_head = gpt.transformer, gpt.lm_head
         self._rope_table: torch.Tensor | None = None
         self.gradient_checkpointing, self.loss_type = False, "ForCausalLM"

@@ -9,12 +9,10 @@ names are nanoGPT's; c_attn holds query, key and value, c_fc of qwen3 and llama 
 Shapes: B batch, T time, C = n_embd channels, V vocabulary, n_kv heads of keys and values.
 """
 
-import inspect
-import json
+import importlib
 import math
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -22,12 +20,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOSS_CHUNK_LOGITS = 2**25  # logits that the chunked loss holds at a time: 128 MiB in float32
-CPU_TILED_ATTENTION = 512  # the longest context whose attention weights are kept for the backward pass on CPUs
-TILE_QUERIES, TILE_WEIGHTS = 128, 2**21
-GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # not weights, though older code kept them among the weights
-# Hugging Face keeps GPT-2's names, and these weights transposed.
-GPT2_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 @dataclass
@@ -199,31 +191,9 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (…, C) over its root mean square, times weight (C,) or of x's last dimensions; in float32."""
-    x, weight = x.float(), weight.float()
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return RMSNormInTraining.apply(x, weight, eps)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-class RMSNormInTraining(torch.autograd.Function):
-    """rms_norm in fewer passes over memory than autograd would take, a fifth of the time on CPUs."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = (norm.square_() / x.size(-1) + eps).rsqrt_()
-        unit = x * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        unit, scale, weight = ctx.saved_tensors
-        along = grad * unit
-        grad_weight = along.sum_to_size(weight.shape)
-        mean = (along * weight).mean(-1, keepdim=True)
-        return (grad * weight).addcmul_(unit, mean, value=-1).mul_(scale), grad_weight, None
+    """x (…, C) over its root mean square, times weight (C,); in float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -235,70 +205,6 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
-def drop_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """What dropout multiplies x by: 0 with probability p (to 1/65536), else 1 / (1 - p).
-
-    Each number of the generator makes four draws of 16 bits, a third of the time of PyTorch's own dropout on CPUs.
-    """
-    numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return keep.to(x.dtype).mul_(1 / (1 - p))
-
-
-class Dropout(nn.Dropout):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and self.p and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return x * drop_mask(x, self.p)
-        return super().forward(x)
-
-
-class TiledAttention(torch.autograd.Function):
-    """Causal attention, tile by tile, with its weights kept for the backward pass: on CPUs in bfloat16, where matrix
-    products are fast and PyTorch's fused kernel is not, training takes half that kernel's time in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float):
-        """q, k, v (B, n_head, T, head_dim) -> the same, in v's dtype, which is what everything is computed in."""
-        B, H, T, D = q.shape
-        q, k, v = (t.to(v.dtype).reshape(B * H, T, D) for t in (q, k, v))
-        future = torch.full((T, T), -math.inf, dtype=v.dtype).triu(1)
-        y, tiles = torch.empty_like(v), []
-        for heads, queries, keys in TiledAttention.tiles(B * H, T):
-            scores = torch.baddbmm(future[queries, keys], q[heads, queries], k[heads, keys].mT, alpha=D**-0.5)
-            weights = scores.softmax(-1)
-            mask = drop_mask(weights, dropout) if dropout else None
-            y[heads, queries] = torch.bmm(weights if mask is None else weights * mask, v[heads, keys])
-            tiles += weights, mask
-        ctx.save_for_backward(q, k, v, *tiles)
-        return y.view(B, H, T, D)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        (q, k, v, *tiles), shape = ctx.saved_tensors, grad.shape
-        grad = grad.reshape(q.shape)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        order = TiledAttention.tiles(*q.shape[:2])
-        for (heads, queries, keys), weights, mask in zip(order, tiles[::2], tiles[1::2], strict=True):
-            grad_v[heads, keys].baddbmm_((weights if mask is None else weights * mask).mT, grad[heads, queries])
-            grad_weights = torch.bmm(grad[heads, queries], v[heads, keys].mT)
-            if mask is not None:
-                grad_weights *= mask
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[heads, queries] = torch.bmm(grad_scores, k[heads, keys])
-            grad_k[heads, keys].baddbmm_(grad_scores.mT, q[heads, queries])
-        grads = grad_q.mul_(q.size(-1) ** -0.5), grad_k.mul_(q.size(-1) ** -0.5), grad_v
-        return *(g.view(shape) for g in grads), None
-
-    @staticmethod
-    def tiles(heads: int, T: int) -> list[tuple[slice, slice, slice]]:
-        """Which heads, queries and keys go together: few enough to stay in a CPU's cache, and no keys of the future."""
-        height = min(T, TILE_QUERIES)
-        group = max(1, TILE_WEIGHTS // (height * T))
-        starts = [(h, t) for h in range(0, heads, group) for t in range(0, T, height)]
-        return [(slice(h, h + group), slice(t, t + height), slice(0, min(t + height, T))) for h, t in starts]
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -308,7 +214,7 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = self.k_norm = None
         if config.arch == "qwen3":
             self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
-        self.resid_dropout = Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
         self.head_dim, self.layer = config.head_dim, layer
         # GPT-2 drops attention weights too. Without that, attention is one fused kernel, which takes half the time.
         self.dropout = config.dropout if config.arch == "gpt2" else 0.0
@@ -316,35 +222,36 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
         """x: (B, T, C). With a cache, T tokens of a prompt, or one token behind what the cache holds."""
         B, T, _ = x.shape
-        heads = (self.n_head, self.n_kv, self.n_kv)
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)
-        if rope is None:
-            q, k, v = qkv.split(heads, dim=2)
-        else:  # queries and keys in one go
-            qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)
-            if self.q_norm is not None:
-                weights = (self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv, -1))
-                qk = rms_norm(qk, torch.cat(weights), self.q_norm.eps)
-            q, k = rotate(qk.float(), rope).split(heads[:2], dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, n_head or n_kv, T, head_dim)
+        q, k, v = self.heads(qkv, rope)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)
         if self.n_kv != self.n_head:  # each head of keys and values serves several of queries
             k, v = (t.repeat_interleave(self.n_head // self.n_kv, dim=1) for t in (k, v))
-        in_tiles = self.training and cache is None and T <= CPU_TILED_ATTENTION
-        if torch.compiler.is_exporting():  # a compiled step: written out, it becomes loops of its own
-            scores = (q * k).sum(-1, keepdim=True).transpose(2, 3) / math.sqrt(self.head_dim)  # (B, n_head, 1, end)
-            weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-            y = (weights.transpose(2, 3) * v).sum(2, keepdim=True)
-        elif in_tiles and x.device.type == "cpu" and v.dtype == torch.bfloat16:
-            y = TiledAttention.apply(q, k, v, self.dropout)
-        else:
-            dropout, is_causal = self.dropout if self.training else 0.0, mask is None and T > 1
-            q, k = q.to(v.dtype), k.to(v.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-        y = y.to(qkv.dtype).transpose(1, 2).reshape(B, T, -1)
-        return self.resid_dropout(self.c_proj(y))
+        y = self.attend(q, k, v, mask)
+        return self.resid_dropout(self.c_proj(y.to(qkv.dtype).transpose(1, 2).reshape(B, T, -1)))
+
+    def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """qkv (B, T, n_head + 2 n_kv, head_dim) -> queries (B, n_head, T, head_dim), keys and values (B, n_kv, T, …).
+
+        Queries and keys come with all that the architecture does to them before they meet.
+        """
+        q, k, v = qkv.split((self.n_head, self.n_kv, self.n_kv), dim=2)
+        if self.q_norm is not None:
+            q, k = (rms_norm(t, norm.weight, norm.eps) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        if rope is not None:
+            q, k = rotate(q.float(), rope), rotate(k.float(), rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """What each of q's T queries reads, (B, n_head, T, head_dim), in v's dtype.
+
+        A query sees the keys up to its own place, or those that a mask (…, T, keys) admits.
+        """
+        dropout, is_causal = self.dropout if self.training else 0.0, mask is None and q.size(2) > 1
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
 class MLP(nn.Module):
@@ -353,7 +260,7 @@ class MLP(nn.Module):
         self.is_gated = config.arch != "gpt2"
         self.c_fc = nn.Linear(config.n_embd, (1 + self.is_gated) * config.n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.c_fc(x)
@@ -442,19 +349,6 @@ def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=ignore_index)
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's, without what its methods are wrapped in: at their first call that loads torch.compile, for a second."""
-
-    add_param_group, load_state_dict, state_dict, zero_grad, _step = (
-        inspect.unwrap(getattr(torch.optim.AdamW, name))
-        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad", "step")
-    )
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        return self._step(closure)
-
-
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         """Raises ValueError where the config describes no network."""
@@ -465,7 +359,7 @@ class GPT(nn.Module):
         parts: dict[str, nn.Module] = {"wte": Embedding(config.vocab_size, config.n_embd)}
         if config.arch == "gpt2":  # in this place, since optimizer states number the parameters in their order
             parts["wpe"] = Embedding(config.block_size, config.n_embd)
-        parts["drop"] = Dropout(config.dropout)
+        parts["drop"] = nn.Dropout(config.dropout)
         parts["h"] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         parts["ln_f"] = _norm(config)
         self.transformer = nn.ModuleDict(parts)
@@ -591,49 +485,30 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
         """The weights in a folder of Hugging Face's layout (config.json, *.safetensors), or GPT-2's from the hub.
 
-        model_type: a folder with a GPT-2, Qwen3 or Llama, or one of GPT2_MODELS. override_args: `dropout` alone may be
-        given. Needs the safetensors package, and huggingface_hub for a download. Raises ValueError that names what in
-        the folder is not computed here, missing or misshapen, OSError where nothing is found or the download fails,
-        ImportError where a package is missing.
+        model_type: a folder with a GPT-2, Qwen3 or Llama, or gpt2, gpt2-medium, gpt2-large, gpt2-xl. override_args:
+        `dropout` alone may be given. Raises ValueError that names what in the folder is not computed here, missing or
+        misshapen, OSError where nothing is found or the download fails, ImportError where a package is missing.
         """
         override_args = override_args or {}
         if unknown := set(override_args) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(unknown))}")
-        config_path, weights_paths = _pretrained_files(model_type)
-        try:
-            with open(config_path, encoding="utf-8") as file:
-                config = config_from_hf(json.load(file))
-        except ValueError as error:
-            raise ValueError(f"{config_path}: {error}") from error
-        config.dropout = override_args.get("dropout", 0.0)
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        # Imported by its name and here alone: without that room this file is still a whole network
+        return importlib.import_module("quartz.hf_folder").read_model(model_type, override_args.get("dropout", 0.0))
 
-        tensors = {}
-        for path in weights_paths:
-            try:
-                tensors |= load_file(path)
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged ({error})") from error
-        try:
-            state = state_from_hf(config, tensors)
-        except ValueError as error:
-            raise ValueError(f"{os.path.dirname(weights_paths[0]) or model_type}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_weights(state)
-        return model
-
-    def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
-    ) -> AdamW:
-        """AdamW in two groups: matrices and embeddings decay, vectors (biases, layer norms) do not."""
+    def decay_groups(self, weight_decay: float) -> list[dict]:
+        """What an optimizer is made of: matrices and embeddings decay, vectors (biases, norms) do not."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
+        return [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """AdamW (Loshchilov and Hutter, 2019) over decay_groups."""
+        groups, fused = self.decay_groups(weight_decay), device_type in ("cuda", "cpu")
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for a token (PaLM, Chowdhery et al., 2022, appendix B)."""
@@ -811,226 +686,3 @@ def draw(
     total = cumulative[:, -1:]
     point = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     return ((cumulative > point) & (probs > 0)).int().argmax(dim=-1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hugging Face's names and layout: config.json as a dict, and tensors by name
-
-
-def hf_config(config: GPTConfig) -> dict:
-    """The config.json of GPT2LMHeadModel, Qwen3ForCausalLM or LlamaForCausalLM that computes what GPT(config) does."""
-    c = config
-    if c.arch == "gpt2":
-        sizes = {"n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head}
-        dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), c.dropout)
-        theirs = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": c.n_embd, **sizes, **dropouts}
-        return theirs | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "vocab_size": c.vocab_size}
-    return {
-        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[c.arch]],
-        "model_type": c.arch,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.n_embd,
-        "intermediate_size": c.n_hidden,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_dim,
-        "max_position_embeddings": c.block_size,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,  # up to transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "tie_word_embeddings": c.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-    }
-
-
-# What must not be otherwise, since nothing else is computed here. A key that is missing has its library's default,
-# which is the first of the values.
-_HF_NEEDS = {
-    "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (1e-5,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-        "is_causal": (True,),
-    },
-    "llama": {
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "rope_scaling": (None,),
-        "partial_rotary_factor": (1.0,),
-        "use_sliding_window": (False,),
-        "rope_interleaved": (False,),
-        "is_causal": (True,),
-    },
-}
-
-
-def config_from_hf(theirs: dict) -> GPTConfig:
-    """The inverse of hf_config. Raises ValueError that names whatever in it is not computed here, or missing."""
-    kind = theirs.get("model_type") if isinstance(theirs, dict) else None
-    if kind not in ("gpt2", "qwen3", "llama"):
-        raise ValueError(f"model_type is {kind!r}, and only gpt2, qwen3 and llama are read here")
-    if theirs.get("quantization_config"):
-        raise ValueError("its weights are quantized (quantization_config), which is not read here")
-    for key, values in _HF_NEEDS["gpt2" if kind == "gpt2" else "llama"].items():
-        if theirs.get(key, values[0]) not in values:
-            raise ValueError(f"{key} is {theirs[key]!r}, and only {values[0]!r} is computed here")
-    try:
-        if kind == "gpt2":
-            if theirs.get("n_inner") not in (None, 4 * theirs["n_embd"]):
-                raise ValueError(f"n_inner is {theirs['n_inner']}, and only 4 * n_embd is computed here")
-            sizes = {name: theirs[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-            config = GPTConfig(block_size=theirs["n_positions"], **sizes, bias=True)
-        else:
-            rope = theirs.get("rope_parameters") or {}
-            kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
-            if kind_of_rope != "default":
-                raise ValueError(f"rope_type is {kind_of_rope!r}, and only 'default' is computed here")
-            if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
-                raise ValueError(f"layer_types has {theirs['layer_types']}, and only full_attention is computed here")
-            heads = theirs["num_attention_heads"]
-            config = GPTConfig(
-                block_size=theirs["max_position_embeddings"],
-                vocab_size=theirs["vocab_size"],
-                n_layer=theirs["num_hidden_layers"],
-                n_head=heads,
-                n_embd=theirs["hidden_size"],
-                bias=False,
-                arch=kind,
-                n_kv_head=theirs.get("num_key_value_heads") or heads,
-                head_dim=theirs.get("head_dim") or (128 if kind == "qwen3" else theirs["hidden_size"] // heads),
-                n_hidden=theirs["intermediate_size"],
-                tie_embeddings=bool(theirs.get("tie_word_embeddings", False)),
-                rope_theta=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0),
-                norm_eps=float(theirs.get("rms_norm_eps", 1e-6)),
-            )
-        for field in fields(config):
-            if type(getattr(config, field.name)) is not field.type:
-                raise ValueError(f"{field.name} is {getattr(config, field.name)!r}, which is no {field.type.__name__}")
-        if problems := config.problems():
-            raise ValueError("; ".join(problems))
-    except KeyError as error:
-        raise ValueError(f"it has no {error.args[0]}") from error
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"it describes no network ({error})") from error
-    return config
-
-
-def _hf_layout(config: GPTConfig) -> dict[str, list[tuple[str, int]]]:
-    """For each of our weights: theirs, of which it is made one below the other, and the rows of each."""
-    c, queries, keys = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    if c.arch == "gpt2":
-        with torch.device("meta"):
-            names = GPT(c).state_dict()
-        return {name: [(name, -1)] for name in names if name != "lm_head.weight"}
-    layout = {
-        "transformer.wte.weight": [("model.embed_tokens.weight", c.vocab_size)],
-        "transformer.ln_f.weight": [("model.norm.weight", c.n_embd)],
-    }
-    if not c.tie_embeddings:
-        layout["lm_head.weight"] = [("lm_head.weight", c.vocab_size)]
-    block = {
-        "ln_1": [("input_layernorm", c.n_embd)],
-        "ln_2": [("post_attention_layernorm", c.n_embd)],
-        "attn.c_attn": [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)],
-        "attn.c_proj": [("self_attn.o_proj", c.n_embd)],
-        "mlp.c_fc": [("mlp.gate_proj", c.n_hidden), ("mlp.up_proj", c.n_hidden)],
-        "mlp.c_proj": [("mlp.down_proj", c.n_embd)],
-    }
-    if c.arch == "qwen3":
-        block |= {f"attn.{name}": [(f"self_attn.{name}", c.head_dim)] for name in ("q_norm", "k_norm")}
-    for n in range(c.n_layer):
-        for ours, theirs in block.items():
-            parts = [(f"model.layers.{n}.{name}.weight", rows) for name, rows in theirs]
-            layout[f"transformer.h.{n}.{ours}.weight"] = parts
-    return layout
-
-
-def state_to_hf(config: GPTConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our weights under their names and in their layout. What GPT-2 has and a model without biases lacks is zeros."""
-    tensors = {}
-    for ours, parts in _hf_layout(config).items():
-        if config.arch == "gpt2":
-            tensors[ours] = state[ours].t() if ours.endswith(GPT2_TRANSPOSED) else state[ours]
-            if not config.bias and "wte" not in ours and "wpe" not in ours:
-                tensors[ours.replace(".weight", ".bias")] = state[ours].new_zeros(state[ours].size(0))
-        else:
-            rows = state[ours].split([rows for _, rows in parts])
-            tensors |= {name: its for (name, _), its in zip(parts, rows, strict=True)}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def state_from_hf(config: GPTConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of state_to_hf. Raises ValueError that names tensors that are missing, misshapen or unknown."""
-    if config.arch == "gpt2":  # the bare GPT2Model has no prefix
-        tensors = {
-            name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t
-            for name, t in tensors.items()
-        }
-    layout = _hf_layout(config)
-    known = {name for parts in layout.values() for name, _ in parts}
-    missing = sorted(known - tensors.keys())
-    unknown = [
-        name for name in tensors if name not in known and not name.endswith((*CAUSAL_MASKS, "rotary_emb.inv_freq"))
-    ]
-    embedding = layout["transformer.wte.weight"][0][0]
-    if config.tie_embeddings and "lm_head.weight" in unknown and not missing:
-        if not torch.equal(tensors["lm_head.weight"], tensors[embedding]):
-            raise ValueError("lm_head.weight differs from the input embeddings, though the two are said to be tied")
-        unknown.remove("lm_head.weight")
-    if missing or unknown:
-        told = [
-            f"{what} {', '.join(names[:4])}{' …' * (len(names) > 4)}"
-            for what, names in (("it lacks", missing), ("it has also", unknown))
-            if names
-        ]
-        raise ValueError("; ".join(told))
-    with torch.device("meta"):
-        expected = GPT(config).state_dict()
-    state = {}
-    for ours, parts in layout.items():
-        found = [
-            tensors[name].t() if ours.endswith(GPT2_TRANSPOSED) and config.arch == "gpt2" else tensors[name]
-            for name, _ in parts
-        ]
-        shape = tuple(expected[ours].shape)
-        for (name, rows), tensor in zip(parts, found, strict=True):
-            if tuple(tensor.shape) != (shape if rows < 0 else (rows, *shape[1:])):
-                raise ValueError(f"{name} is of shape {tuple(tensors[name].shape)}, which is not what its config says")
-        state[ours] = torch.cat(found) if len(found) > 1 else found[0]
-    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-    return state
-
-
-def _pretrained_files(name: str) -> tuple[str, list[str]]:
-    """The paths of config.json and of the weights: in the folder `name`, or downloaded from the hub."""
-    if os.path.isdir(name):
-        files, index = ["config.json", "model.safetensors"], os.path.join(name, "model.safetensors.index.json")
-        if not os.path.exists(os.path.join(name, files[1])) and os.path.exists(index):
-            with open(index, encoding="utf-8") as file:
-                listed = json.load(file)["weight_map"]
-            files = ["config.json", *sorted(set(listed.values()))]
-        paths = [os.path.join(name, file) for file in files]
-        if missing := [path for path in paths if not os.path.exists(path)]:
-            raise OSError(f"missing {' and '.join(missing)}")
-        return paths[0], paths[1:]
-    if name not in GPT2_MODELS:
-        raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_MODELS)}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # its remarks on every retry; what comes of them is said below
-    try:
-        config, weights = (
-            hf_hub_download(f"openai-community/{name}", file) for file in ("config.json", "model.safetensors")
-        )
-        return config, [weights]
-    except Exception as error:  # the client raises a dozen kinds; all of them mean that there is no file
-        raise OSError(
-            f"{name} could not be downloaded ({type(error).__name__}); a local folder {name!r} serves as well"
-        ) from error

@@ -94,8 +94,9 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from model import GPT, GPT2_MODELS, GPTConfig
-from quartz import checkpoint, lora, machine, optim, shards
+from model import GPT, GPTConfig
+from quartz import checkpoint, kernels, lora, machine, optim, shards
+from quartz.hf_layout import GPT2_MODELS
 from quartz.log import Log
 
 # Settings that a checkpoint decides.
@@ -168,7 +169,7 @@ def model_config(vocab_size: int) -> GPTConfig:
 def make_optimizer(model: GPT, place: torch.device, compute_dtype: torch.dtype) -> torch.optim.Optimizer:
     betas = (beta1, beta2)
     if optimizer == "adamw":
-        updater = model.configure_optimizers(weight_decay, learning_rate, betas, place.type)
+        updater = optim.adamw_of(model, weight_decay, learning_rate, betas, place.type)
     else:
         rates = {"matrix": muon_lr, "embedding": embedding_lr, "head": head_lr, "vector": learning_rate}
         updater = optim.muon(model, rates, muon_momentum, betas, weight_decay, compute_dtype)
@@ -316,6 +317,7 @@ def run(processes: machine.Processes, place: torch.device) -> None:
     tell_changes(state)
     splits = {name: shards.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
     configurator.check([], [lambda split=split: split.check_length(T) for split in splits.values()])
+    kernels.install(raw_model)
     raw_model.activation_checkpointing = activation_checkpointing
     if compile:
         machine.compile_model(raw_model, place)

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from model import CAUSAL_MASKS, GPT, GPT2_MODELS, GPTConfig
+from model import GPT, GPTConfig
 from quartz import files, hf_folder, lora, machine, shards, tokenizer
 from quartz.curves import LOG, PICTURE
+from quartz.hf_layout import CAUSAL_MASKS, GPT2_MODELS
 from quartz.optim import moment_names
 
 BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"

@@ -11,6 +11,7 @@ ahead-of-time compiler from the model's own code and kept in ~/.cache/quartzgpt 
 
 import copy
 import hashlib
+import math
 import os
 import platform
 import sys
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 import model as model_module
-from model import GPT, KVCache, Slots
+from model import GPT, CausalSelfAttention, KVCache, Slots
 from quartz import machine
 
 MAX_COMPILED_ROWS = 8  # above, a matrix product does better than as many products of a matrix and a vector
@@ -64,6 +65,15 @@ class OneDnnLinear(nn.Linear):
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class WrittenOutAttention(CausalSelfAttention):
+    """Attention of one query a row, written out: in a compiled step it becomes loops of its own."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = (q * k).sum(-1, keepdim=True).transpose(2, 3) / math.sqrt(self.head_dim)  # (B, n_head, 1, keys)
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+        return (weights.transpose(2, 3) * v).sum(2, keepdim=True)
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,6 +216,8 @@ class CompiledStep:
             if isinstance(part, nn.Linear):
                 parent, _, leaf = name.rpartition(".")
                 setattr(twin.get_submodule(parent), leaf, PackedLinear(*self.packed[part.weight], part.bias))
+            elif isinstance(part, CausalSelfAttention):
+                twin.get_submodule(name).__class__ = WrittenOutAttention
         return twin
 
     def compile(self) -> None:

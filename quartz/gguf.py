@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from model import GPT2_TRANSPOSED, GPTConfig, state_to_hf
+from model import GPTConfig
 from quartz import files
 from quartz.extras import needs
+from quartz.hf_layout import GPT2_TRANSPOSED, state_to_hf
 from quartz.tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer, printable
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")

@@ -1,11 +1,12 @@
 """A folder in Hugging Face's layout: config.json, model.safetensors, and the tokenizer's files.
 
 Written and read without transformers, which loads it by AutoModelForCausalLM and AutoTokenizer, as vLLM and others do.
-Of the weights, GPT.from_pretrained reads what is written here; the names and shapes are model.py's.
+GPT.from_pretrained hands over to read_model; the names and shapes are hf_layout.py's.
 """
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from model import GPTConfig, hf_config, state_to_hf
+from model import GPT, GPTConfig
 from quartz import files
 from quartz.extras import needs
+from quartz.hf_layout import GPT2_MODELS, config_from_hf, hf_config, state_from_hf, state_to_hf
 from quartz.tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable, printable_bytes
 
 TOKENIZER = "tokenizer.json"
@@ -37,6 +39,66 @@ PROBE = (
     "def f(x):\r\n        return  x[0]   # a comment   \n  \n"
     "<b>http://a.b/c?d=e&f=%20</b> $x^2$ ''' \"\"\" \u00a0\u2028\u3000 end. 'tis 'S 'Re 12ab34 x1y22  9 \n 9  "
 )
+
+
+def read_model(name: str, dropout: float = 0.0) -> GPT:
+    """The model in the folder `name`, or of that name on the hub, on the CPU. What it raises: see GPT.from_pretrained.
+
+    Needs the safetensors package, and huggingface_hub for a download.
+    """
+    config_path, weights_paths = _model_files(name)
+    try:
+        with open(config_path, encoding="utf-8") as file:
+            config = config_from_hf(json.load(file))
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from error
+    config.dropout = dropout
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for path in weights_paths:
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error})") from error
+    try:
+        state = state_from_hf(config, tensors)
+    except ValueError as error:
+        raise ValueError(f"{os.path.dirname(weights_paths[0]) or name}: {error}") from error
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_weights(state)
+    return model
+
+
+def _model_files(name: str) -> tuple[str, list[str]]:
+    """The paths of config.json and of the weights: in the folder `name`, or downloaded from the hub."""
+    if os.path.isdir(name):
+        files, index = ["config.json", "model.safetensors"], os.path.join(name, "model.safetensors.index.json")
+        if not os.path.exists(os.path.join(name, files[1])) and os.path.exists(index):
+            with open(index, encoding="utf-8") as file:
+                listed = json.load(file)["weight_map"]
+            files = ["config.json", *sorted(set(listed.values()))]
+        paths = [os.path.join(name, file) for file in files]
+        if missing := [path for path in paths if not os.path.exists(path)]:
+            raise OSError(f"missing {' and '.join(missing)}")
+        return paths[0], paths[1:]
+    if name not in GPT2_MODELS:
+        raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(GPT2_MODELS)}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its remarks on every retry; what comes of them is said below
+    try:
+        config, weights = (
+            hf_hub_download(f"openai-community/{name}", file) for file in ("config.json", "model.safetensors")
+        )
+        return config, [weights]
+    except Exception as error:  # the client raises a dozen kinds; all of them mean that there is no file
+        raise OSError(
+            f"{name} could not be downloaded ({type(error).__name__}); a local folder {name!r} serves as well"
+        ) from error
 
 
 def write(folder: Path, config: GPTConfig, state: dict[str, torch.Tensor], tokenizer: Tokenizer | None) -> None:

@@ -4,13 +4,14 @@ Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) replaces t
 orthogonal one, found by a few Newton-Schulz steps: a step of the same length in every direction of the matrix.
 """
 
+import inspect
 import math
 
 import torch
 from torch.optim.adamw import adamw
 
 from configurator import UserError
-from model import GPT, AdamW
+from model import GPT
 from quartz import machine
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: singular values go to about 1 in 5 steps, from 0.01 on
@@ -33,6 +34,27 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, without what its methods are wrapped in: at their first call that loads torch.compile, for a second."""
+
+    add_param_group, load_state_dict, state_dict, zero_grad, _step = (
+        inspect.unwrap(getattr(torch.optim.AdamW, name))
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad", "step")
+    )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        return self._step(closure)
+
+
+def adamw_of(
+    model: GPT, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+) -> AdamW:
+    """What GPT.configure_optimizers makes, quicker at its first step."""
+    fused = device_type in ("cuda", "cpu")
+    return AdamW(model.decay_groups(weight_decay), lr=learning_rate, betas=betas, fused=fused)
 
 
 class Muon(torch.optim.Optimizer):

@@ -227,7 +227,8 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path, start):
     """SIGKILL, while it works; nothing is read as a data set before it is whole."""
     text = "".join(f"{n} bottles and {n * n} glasses\n" for n in range(60_000))
     (tmp_path / "a.txt").write_text(text)
-    code = "import sys; from quartz import corpus; from pathlib import Path; corpus.SAVE_SECONDS, corpus.BATCH_CHARS = 0, 2000; "
+    code = "import sys; from quartz import corpus; from pathlib import Path; "
+    code += "corpus.SAVE_SECONDS, corpus.BATCH_CHARS = 0, 2000; "
     code += "corpus.prepare(Path(sys.argv[2]), sys.argv[1], corpus.Recipe('byte', shard_tokens=100_000))"
 
     def begin(out):

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import model as model_module
-from model import GPT, Dropout, GPTConfig, RMSNormInTraining, Sampling, TiledAttention, draw, drop_mask, rms_norm
+from model import GPT, GPTConfig, Sampling, draw
+from quartz import hf_layout
 
 SHAPE = {"block_size": 32, "vocab_size": 101, "n_layer": 3, "n_head": 4, "n_embd": 64}
 
@@ -42,7 +43,7 @@ def as_transformers(model: GPT):
     )  # fmt: skip
     state = theirs.state_dict()
     for name, tensor in model.state_dict().items():
-        state[name] = tensor.t() if name.endswith(model_module.GPT2_TRANSPOSED) else tensor
+        state[name] = tensor.t() if name.endswith(hf_layout.GPT2_TRANSPOSED) else tensor
     theirs.load_state_dict(state)
     return theirs
 
@@ -182,78 +183,6 @@ def test_twenty_adamw_steps_lose_what_transformers_loses():
         losses.append((loss.item(), their_loss.item()))
     assert losses[0][0] != losses[-1][0]
     assert max(abs(a - b) for a, b in losses) < 1e-4
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 3, 4, 6)], ids=str)
-def test_the_norms_own_backward_pass_is_autograds(shape):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    weight = torch.rand(shape[2:], generator=generator, dtype=torch.float64)
-    assert torch.autograd.gradcheck(RMSNormInTraining.apply, (x.requires_grad_(), weight.requires_grad_(), 1e-6))
-    plain = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight).float()
-    torch.testing.assert_close(rms_norm(x.detach(), weight.detach(), 1e-6), plain.detach())
-    torch.testing.assert_close(rms_norm(x, weight, 1e-6), plain)
-
-
-@pytest.mark.parametrize("T", [1, 7, 16, 37])
-def test_attention_in_tiles_is_attention(monkeypatch, T):
-    """Values and gradients against PyTorch's own, in several tiles of heads and of queries, whole and torn ones."""
-    monkeypatch.setattr(model_module, "TILE_QUERIES", 16)
-    monkeypatch.setattr(model_module, "TILE_WEIGHTS", 4 * 16 * 37)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(2, 3, T, 8, generator=generator, dtype=torch.float64) for _ in range(4))
-    results = []
-    for attend in (
-        lambda q, k, v: TiledAttention.apply(q, k, v, 0.0),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-    ):
-        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-        y = attend(*inputs)
-        results.append([y, *torch.autograd.grad(y, inputs, grad)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_dropout_in_tiles_has_the_gradients_of_what_it_computes(monkeypatch):
-    monkeypatch.setattr(model_module, "TILE_QUERIES", 4)
-    q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-
-    def attend(q, k, v):
-        torch.manual_seed(5)  # the same mask each time
-        return TiledAttention.apply(q, k, v, 0.5)
-
-    assert torch.autograd.gradcheck(attend, (q, k, v))
-    assert not torch.allclose(attend(q, k, v), TiledAttention.apply(q, k, v, 0.0))
-
-
-def test_training_on_a_cpu_in_bfloat16_attends_as_float32_does():
-    """The whole network, to bfloat16's rounding: loss and gradients."""
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(64, 65, 2, 4, 64, bias=False))
-    idx, targets = torch.randint(65, (2, 4, 64))
-    losses, norms = [], []
-    for enabled in (False, True):
-        gpt.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = gpt(idx, targets, return_logits=False)[1]
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
-    assert abs(losses[0] - losses[1]) < 2e-3
-    assert F.cosine_similarity(*norms, dim=0) > 0.999
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
-def test_dropout_keeps_the_share_it_should_and_the_mean(p):
-    torch.manual_seed(0)
-    mask = drop_mask(torch.empty(1001, 333), p)
-    share = (mask == 0).double().mean().item()
-    assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / mask.numel()) + 2**-16
-    assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
-    drop = Dropout(p)
-    assert torch.equal(drop.eval()(mask), mask)
-    again = drop.train()(torch.ones(64, 64))
-    assert not torch.equal(again, drop(torch.ones(64, 64))), "each call draws anew"
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -647,9 +576,9 @@ ROADS = {
 def to_transformers(ours: GPT):
     """What transformers makes of our config and weights in its layout."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(**model_module.hf_config(ours.config))
+    config = transformers.AutoConfig.for_model(**hf_layout.hf_config(ours.config))
     theirs = transformers.AutoModelForCausalLM.from_config(config)
-    left = theirs.load_state_dict(model_module.state_to_hf(ours.config, ours.state_dict()), strict=False)
+    left = theirs.load_state_dict(hf_layout.state_to_hf(ours.config, ours.state_dict()), strict=False)
     assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}
     theirs.tie_weights()
     return theirs.eval()
@@ -706,37 +635,37 @@ def test_weights_in_several_files_are_read(road, tmp_path):
     ],
 )
 def test_a_network_that_is_not_computed_here_is_refused_by_name(kind, change, words):
-    theirs = model_module.hf_config(make(**ROADS[kind]).config)
-    assert model_module.config_from_hf(theirs).arch == kind
+    theirs = hf_layout.hf_config(make(**ROADS[kind]).config)
+    assert hf_layout.config_from_hf(theirs).arch == kind
     with pytest.raises(ValueError, match=words):
-        model_module.config_from_hf(theirs | change)
+        hf_layout.config_from_hf(theirs | change)
 
 
 def test_a_missing_key_is_named():
     for road in ("gpt2", "llama"):
-        theirs = model_module.hf_config(make(**ROADS[road]).config)
+        theirs = hf_layout.hf_config(make(**ROADS[road]).config)
         for key in ("vocab_size", "n_positions", "hidden_size", "intermediate_size"):
             if key in theirs:
                 with pytest.raises(ValueError, match=f"it has no {key}"):
-                    model_module.config_from_hf({name: value for name, value in theirs.items() if name != key})
+                    hf_layout.config_from_hf({name: value for name, value in theirs.items() if name != key})
 
 
 @pytest.mark.parametrize("road", ROADS)
 def test_missing_misshapen_and_unknown_tensors_are_named(road):
     ours = shaken(make(**ROADS[road]))
-    config = model_module.config_from_hf(model_module.hf_config(ours.config))
-    tensors = model_module.state_to_hf(ours.config, ours.state_dict())
-    model_module.state_from_hf(config, tensors)
+    config = hf_layout.config_from_hf(hf_layout.hf_config(ours.config))
+    tensors = hf_layout.state_to_hf(ours.config, ours.state_dict())
+    hf_layout.state_from_hf(config, tensors)
     for name, tensor in tensors.items():
         with pytest.raises(ValueError, match=f"it lacks {name}"):
-            model_module.state_from_hf(config, {key: value for key, value in tensors.items() if key != name})
+            hf_layout.state_from_hf(config, {key: value for key, value in tensors.items() if key != name})
         with pytest.raises(ValueError, match=f"{name} is of shape"):
-            model_module.state_from_hf(config, tensors | {name: tensor[:-1]})
+            hf_layout.state_from_hf(config, tensors | {name: tensor[:-1]})
     with pytest.raises(ValueError, match=r"it has also .*model\.layers\.0\.self_attn\.q_proj\.bias"):
-        model_module.state_from_hf(config, tensors | {"model.layers.0.self_attn.q_proj.bias": tensor})
+        hf_layout.state_from_hf(config, tensors | {"model.layers.0.self_attn.q_proj.bias": tensor})
     if config.tie_embeddings:
         with pytest.raises(ValueError, match="lm_head.weight differs"):
-            model_module.state_from_hf(config, tensors | {"lm_head.weight": torch.zeros(101, config.n_embd)})
+            hf_layout.state_from_hf(config, tensors | {"lm_head.weight": torch.zeros(101, config.n_embd)})
 
 
 @pytest.mark.parametrize("road", ["llama", "llama untied, grouped"])

@@ -1,0 +1,127 @@
+"""What stands in for model.py's plain ways on CPUs computes the same."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig, rms_norm
+from quartz import kernels
+from quartz.kernels import FastDropout, RMSNormInTraining, TiledAttention, drop_mask
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 3, 4, 6)], ids=str)
+def test_the_norms_own_backward_pass_is_autograds(shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weight = torch.rand(shape[2:], generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(RMSNormInTraining.apply, (x.requires_grad_(), weight.requires_grad_(), 1e-6))
+    plain = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight).float()
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), plain)
+    torch.testing.assert_close(RMSNormInTraining.apply(x.float(), weight.float(), 1e-6), plain)
+
+
+@pytest.mark.parametrize("T", [1, 7, 16, 37])
+def test_attention_in_tiles_is_attention(monkeypatch, T):
+    """Values and gradients against PyTorch's own, in several tiles of heads and of queries, whole and torn ones."""
+    monkeypatch.setattr(kernels, "TILE_QUERIES", 16)
+    monkeypatch.setattr(kernels, "TILE_WEIGHTS", 4 * 16 * 37)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 3, T, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    results = []
+    for attend in (
+        lambda q, k, v: TiledAttention.apply(q, k, v, 0.0),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    ):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = attend(*inputs)
+        results.append([y, *torch.autograd.grad(y, inputs, grad)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_dropout_in_tiles_has_the_gradients_of_what_it_computes(monkeypatch):
+    monkeypatch.setattr(kernels, "TILE_QUERIES", 4)
+    q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def attend(q, k, v):
+        torch.manual_seed(5)  # the same mask each time
+        return TiledAttention.apply(q, k, v, 0.5)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+    assert not torch.allclose(attend(q, k, v), TiledAttention.apply(q, k, v, 0.0))
+
+
+def loss_and_gradients(gpt: GPT, idx: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+    gpt.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = gpt(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in gpt.parameters())]
+
+
+ARCHITECTURES = {
+    "gpt2": {"bias": True},
+    "qwen3": {"bias": False, "arch": "qwen3", "n_kv_head": 2, "tie_embeddings": False},
+    "llama": {"bias": False, "arch": "llama"},
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_faster_ways_agree_with_what_model_py_says(arch):
+    """If this fails after a change of attention, norm or dropout in model.py, change quartz/kernels.py with it.
+
+    Loss and gradients of the whole network: in float32 to its rounding; in bfloat16, whose products are rounded at
+    other places, by their direction. Without gradients there is one way only.
+    """
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(64, 65, 2, 4, 64, **ARCHITECTURES[arch]))
+    with torch.no_grad():
+        for p in plain.parameters():  # none may be zero, or at one, or what it does would not show
+            p.add_(torch.randn_like(p) * 0.05)
+    fast = copy.deepcopy(plain)
+    kernels.install(fast)
+    assert {type(module) for module in fast.modules()} & set(kernels.FASTER.values())
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    idx = torch.randint(65, (4, 65))
+    for ours, theirs in zip(*(loss_and_gradients(gpt, idx, autocast=False) for gpt in (fast, plain)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
+    ours, theirs = (loss_and_gradients(gpt, idx, autocast=True) for gpt in (fast, plain))
+    assert abs(ours[0] - theirs[0]) < 2e-3
+    flat = [torch.cat([gradient.flatten() for gradient in found[1:]]) for found in (ours, theirs)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.999
+    assert torch.equal(
+        fast.eval().generate(idx[:, :9], 20, temperature=0), plain.eval().generate(idx[:, :9], 20, temperature=0)
+    )
+
+
+def test_training_on_a_cpu_in_bfloat16_attends_as_float32_does():
+    """The whole network, to bfloat16's rounding: loss and gradients."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(64, 65, 2, 4, 64, bias=False))
+    idx, targets = torch.randint(65, (2, 4, 64))
+    losses, norms = [], []
+    for enabled in (False, True):
+        gpt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = gpt(idx, targets, return_logits=False)[1]
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
+    assert abs(losses[0] - losses[1]) < 2e-3
+    assert F.cosine_similarity(*norms, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
+def test_dropout_keeps_the_share_it_should_and_the_mean(p):
+    torch.manual_seed(0)
+    mask = drop_mask(torch.empty(1001, 333), p)
+    share = (mask == 0).double().mean().item()
+    assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / mask.numel()) + 2**-16
+    assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
+    drop = FastDropout(p)
+    assert torch.equal(drop.eval()(mask), mask)
+    again = drop.train()(torch.ones(64, 64))
+    assert not torch.equal(again, drop(torch.ones(64, 64))), "each call draws anew"
