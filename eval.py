@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from model import GPT
-from quartz import checkpoint, machine, shards, tokenizer
+from quartz import machine, ranks, shards, sources, tokenizer
 
 HIGHEST_LOSS = math.log(sys.float_info.max)  # whose perplexity is a number
 
@@ -71,7 +71,7 @@ def check_settings() -> None:
         (not (dataset and source), "dataset and source both say what to measure on: give one of the two"),
         (dataset or source or init_from == "resume", f"init_from={init_from} needs a dataset, or a source"),
     ]
-    looks = [lambda: machine.check_machine(device, dtype), lambda: checkpoint.check_source(init_from, out_dir)]
+    looks = [lambda: machine.check_machine(device, dtype), lambda: sources.check_source(init_from, out_dir)]
     if source:
         looks.append(read_source)
     elif dataset:
@@ -143,7 +143,7 @@ def lay_out(n_tokens: int, T: int, step: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def measure(
-    model: GPT, text: shards.Split, T: int, step: int, counts: torch.Tensor | None, processes: machine.Processes
+    model: GPT, text: shards.Split, T: int, step: int, counts: torch.Tensor | None, processes: ranks.Processes
 ) -> tuple[float, int, int]:
     """The loss of all tokens but the first, summed, in nats; their number; and the bytes that they stand for.
 
@@ -189,7 +189,7 @@ def figures(loss: float, n_tokens: int, n_bytes: int) -> dict:
 def main() -> None:
     check_settings()
     machine.keep_freed_memory()
-    model, theirs, state = checkpoint.model_and_tokenizer(init_from, out_dir)
+    model, theirs, state = sources.model_and_tokenizer(init_from, out_dir)
     where, longest = str(state.get("path", init_from)), model.config.block_size
     T = block_size or longest
     step = stride or T
@@ -202,8 +202,8 @@ def main() -> None:
     configurator.check(rules)
     text, tokens = open_text(name, model, theirs, where)
     full, last = lay_out(len(text), T, step)
-    processes, place = machine.start_processes(device, backend)
-    with machine.lost_ranks_named(processes):
+    processes, place = ranks.start_processes(device, backend)
+    with ranks.lost_ranks_named(processes):
         if processes.is_master and not (theirs and tokens):
             print(f"note: no tokenizer tells whether {text.name} holds what {where} was made for", file=sys.stderr)
         if processes.is_master and not full:
@@ -222,7 +222,7 @@ def main() -> None:
             record |= {"checkpoint": where if state else None, "iter_num": state.get("iter_num")}
             record |= {"dtype": str(machine.pick_dtype(dtype, place)).removeprefix("torch."), "device": str(place)}
             print(json.dumps(record | {"seconds": seconds, "tokens_per_s": n_tokens / seconds}))
-        machine.stop_processes()
+        ranks.stop_processes()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, files, hf_folder
+from quartz import checkpoint, files, hf_folder, run_folder, sources
 from quartz import tokenizer as tokenizers
 from quartz.tokenizer import CharTokenizer, Tokenizer
 
@@ -65,7 +65,7 @@ def check_settings() -> None:
     if from_:
         looks.append(check_origin)
     else:
-        looks.append(lambda: checkpoint.check_source(init_from, out_dir))
+        looks.append(lambda: sources.check_source(init_from, out_dir))
         looks.append(lambda: check_free(target()) if to in NAMES else None)
     configurator.check(rules, looks)
 
@@ -73,7 +73,7 @@ def check_settings() -> None:
 def check_origin() -> None:
     if not os.path.exists(from_):
         raise UserError(f"from={from_} is not there: name a folder, or a .safetensors file")
-    for name in (checkpoint.BEST, checkpoint.LAST, checkpoint.ADAPTER):
+    for name in (run_folder.BEST, run_folder.LAST, run_folder.ADAPTER):
         for form in checkpoint.forms(name):
             check_free(Path(out_dir) / form)
 
@@ -143,7 +143,7 @@ def write_nanogpt(place: Path, model: GPT, tokens: dict | None, state: dict) -> 
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
         partial = Path(folder) / place.name
         partial.mkdir()
-        checkpoint.save(partial / checkpoint.BEST, contents)
+        checkpoint.save(partial / run_folder.BEST, contents)
         if tokens and tokens["type"] == "char":
             meta = CharTokenizer(tokens["chars"], tokens.get("specials", [])).to_nanogpt()
             files.write(partial / "meta.pkl", pickle.dumps(meta))
@@ -154,7 +154,7 @@ def write_nanogpt(place: Path, model: GPT, tokens: dict | None, state: dict) -> 
 
 
 def export() -> None:
-    model, data, state = checkpoint.model_and_tokenizer(init_from, out_dir, adapter)
+    model, data, state = sources.model_and_tokenizer(init_from, out_dir, adapter)
     place, config = target(), model.config
     place.parent.mkdir(parents=True, exist_ok=True)
     if to == "nanogpt":
@@ -189,7 +189,7 @@ def bring() -> None:
     """Writes out_dir/ckpt.pt from what --from names."""
     origin = Path(from_)
     if origin.is_dir():
-        model, data = checkpoint.pretrained(from_)
+        model, data = sources.pretrained(from_)
     else:
         model, data = read_safetensors(origin)
     if data:
@@ -200,13 +200,13 @@ def bring() -> None:
         print(
             f"note: none of its tokens is called {tokenizers.END_OF_TEXT}: what ends a text is not known from here on"
         )
-    checkpoint.prepare_folder(out_dir)
+    run_folder.prepare_folder(out_dir)
     contents = {"model": model.state_dict(), "model_args": model.config.to_args(), "iter_num": 0}
     contents |= {"best_val_loss": math.inf, "config": {}, "tokenizer": data}
-    with checkpoint.claimed(out_dir):
-        checkpoint.save(Path(out_dir) / checkpoint.BEST, contents)
+    with run_folder.claimed(out_dir):
+        checkpoint.save(Path(out_dir) / run_folder.BEST, contents)
     print(
-        f"wrote {Path(out_dir) / checkpoint.BEST}: {model.get_num_params() / 1e6:.2f}M parameters, {model.config.arch}"
+        f"wrote {Path(out_dir) / run_folder.BEST}: {model.get_num_params() / 1e6:.2f}M parameters, {model.config.arch}"
     )
 
 

@@ -19,7 +19,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, kernels, optim, shards, tokenizer
+from quartz import checkpoint, kernels, optim, run_folder, shards, tokenizer
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
@@ -202,7 +202,7 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
         """
         path = Path(path)
         is_run = path.is_dir() and not (path / "plain.pt").is_file()  # and no checkpoint in shards
-        state = checkpoint.load_to_use(str(path)) if is_run else checkpoint.load(path)
+        state = run_folder.load_to_use(str(path)) if is_run else checkpoint.load(path)
         gpt = checkpoint.build_model(state, state["model_args"].get("dropout", 0.0))
         name, data = str(state["config"].get("dataset") or ""), state.get("tokenizer")
         if data is None:
@@ -224,7 +224,7 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
         already, ValueError where there are weights that a GPT lacks, UserError where the disk refuses.
         """
         path = Path(path)
-        path = path if path.suffix == ".pt" else path / checkpoint.BEST
+        path = path if path.suffix == ".pt" else path / run_folder.BEST
         if path.exists():
             raise FileExistsError(f"{path} is there already: move it away, or name another")
         with torch.device("meta"):

@@ -42,7 +42,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, Sampling
-from quartz import checkpoint, compiled, machine, tokenizer
+from quartz import compiled, machine, sources, tokenizer
 
 GPU_CHUNK = 16  # tokens that a GPU is ahead of what is shown, so that it need not wait
 SEPARATOR = "---------------"
@@ -71,7 +71,7 @@ def check_settings() -> None:
     looks = [lambda: machine.check_machine(device, dtype), read_prompts]
     if quantize:
         looks.append(check_quantize)
-    looks.append(lambda: checkpoint.check_source(init_from, out_dir))
+    looks.append(lambda: sources.check_source(init_from, out_dir))
     configurator.check(rules, looks)
 
 
@@ -154,7 +154,7 @@ def main() -> None:
     check_settings()
     place = machine.pick_device(device)
     kept = torch.float32 if dtype == "auto" and place.type == "cpu" else machine.pick_dtype(dtype, place)
-    model, tokenizer_data, _ = checkpoint.model_and_tokenizer(init_from, out_dir)
+    model, tokenizer_data, _ = sources.model_and_tokenizer(init_from, out_dir)
     if tokenizer_data is None:
         raise UserError(
             f"{out_dir if init_from == 'resume' else init_from} has no tokenizer: put its tokenizer.json there"

@@ -95,7 +95,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, kernels, lora, machine, optim, shards
+from quartz import checkpoint, kernels, lora, machine, optim, ranks, run_folder, shards, sources
 from quartz.hf_layout import GPT2_MODELS
 from quartz.log import Log
 
@@ -155,9 +155,9 @@ def check_settings() -> None:
     looks = [lambda: shards.find(dataset), lambda: machine.check_machine(device, dtype)]
     looks.append(lambda: optim.multipliers(lr_multipliers))
     if init_from == "resume":
-        looks.append(lambda: checkpoint.to_use(out_dir))
+        looks.append(lambda: run_folder.to_use(out_dir))
     if not eval_only and not (init_from == "resume" and not os.path.isdir(out_dir)):
-        looks.append(lambda: checkpoint.prepare_folder(out_dir))
+        looks.append(lambda: run_folder.prepare_folder(out_dir))
     configurator.check(rules, looks)
 
 
@@ -186,13 +186,13 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
             vocab_size = math.ceil(vocab_size / ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO
         return GPT(model_config(vocab_size)), state
     if init_from == "resume":
-        state = checkpoint.load_furthest(out_dir)
+        state = run_folder.load_furthest(out_dir)
         source = str(state["path"])
         print(f"Resuming training from {source} at iteration {state['iter_num']}")
         model = checkpoint.build_model(state, dropout, keep_adapters=True)
     else:
         print(f"Initializing from {init_from} weights")
-        (model, tokenizer_data), source = checkpoint.pretrained(init_from, dropout), init_from
+        (model, tokenizer_data), source = sources.pretrained(init_from, dropout), init_from
         state = {"tokenizer": tokenizer_data}
     have = dataclasses.asdict(model.config)
     problems = [
@@ -272,24 +272,24 @@ def main() -> None:
     check_settings()
     machine.keep_freed_memory()
     machine.set_deterministic(deterministic)
-    processes, place = machine.start_processes(device, backend)
+    processes, place = ranks.start_processes(device, backend)
     is_writing = processes.is_master and not eval_only
     with (
-        machine.lost_ranks_named(processes),
-        checkpoint.claimed(out_dir) if is_writing else contextlib.nullcontext(),
+        ranks.lost_ranks_named(processes),
+        run_folder.claimed(out_dir) if is_writing else contextlib.nullcontext(),
     ):
-        restarted = machine.any_of(machine.attempt() > 0, place)
+        restarted = ranks.any_of(ranks.attempt() > 0, place)
         if is_writing and not restarted:
-            checkpoint.forget_launch(out_dir)
+            run_folder.forget_launch(out_dir)
         if restarted and init_from != "resume":
-            goes_on = is_writing and checkpoint.is_of(out_dir, machine.launch_id())
-            if machine.any_of(goes_on, place):
+            goes_on = is_writing and run_folder.is_of(out_dir, ranks.launch_id())
+            if ranks.any_of(goes_on, place):
                 init_from = "resume"
         run(processes, place)
-        machine.stop_processes()
+        ranks.stop_processes()
 
 
-def run(processes: machine.Processes, place: torch.device) -> None:
+def run(processes: ranks.Processes, place: torch.device) -> None:
     compute_dtype = machine.pick_dtype(dtype, place)
     autocast = machine.autocast(place, compute_dtype)
     alone, is_writing = processes.world_size == 1, processes.is_master and not eval_only
@@ -404,13 +404,13 @@ def run(processes: machine.Processes, place: torch.device) -> None:
                 path = (Path(out_dir) / name).with_suffix(".dcp")
                 checkpoint.save_shards(path, contents, raw_model, updater, is_writing)
             return
-        contents["model"] = machine.gather(raw_model.state_dict(), processes)
+        contents["model"] = ranks.gather(raw_model.state_dict(), processes)
         if adapted:
             contents["lora"] = adapted
-            if is_writing and checkpoint.BEST in names:  # what there is to pass on
+            if is_writing and run_folder.BEST in names:  # what there is to pass on
                 by_itself = {"model": lora.adapters(contents["model"]), "model_args": model_args, "lora": adapted}
-                checkpoint.save(Path(out_dir) / checkpoint.ADAPTER, {**by_itself, "base": base})
-        contents["optimizer"] = machine.gather(updater.state_dict(), processes)
+                checkpoint.save(Path(out_dir) / run_folder.ADAPTER, {**by_itself, "base": base})
+        contents["optimizer"] = ranks.gather(updater.state_dict(), processes)
         for name in names if is_writing else ():
             checkpoint.save(Path(out_dir) / name, contents)
             checkpoint.drop_other_forms(Path(out_dir) / name)
@@ -421,9 +421,9 @@ def run(processes: machine.Processes, place: torch.device) -> None:
         return
     if is_writing:
         if init_from != "resume":
-            checkpoint.set_aside(Path(out_dir))
+            run_folder.set_aside(Path(out_dir))
         if "RANK" in os.environ:
-            checkpoint.began(out_dir, machine.launch_id())
+            run_folder.began(out_dir, ranks.launch_id())
     if processes.is_master:
         print(f"tokens per iteration will be: {tokens_per_iter:,}")
         print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
@@ -455,7 +455,7 @@ def run(processes: machine.Processes, place: torch.device) -> None:
                     if is_writing:
                         print(f"saving checkpoint to {out_dir}")
                     is_best = iter_num > 0 and (improved or always_save_checkpoint)
-                    save(*([checkpoint.BEST] if is_best else []), checkpoint.LAST)
+                    save(*([run_folder.BEST] if is_best else []), run_folder.LAST)
                     log.draw()
         if evaluated and iter_num and (best_val_loss <= target_val_loss or 0 < patience <= without_better):
             if processes.is_master:
@@ -478,7 +478,7 @@ def run(processes: machine.Processes, place: torch.device) -> None:
         loss = torch.zeros(2 + processes.world_size, device=place)
         for micro_step in range(micro_steps):
             if not alone:  # gradients travel once an update
-                machine.set_gradient_sync(model, micro_step == micro_steps - 1)
+                ranks.set_gradient_sync(model, micro_step == micro_steps - 1)
             micro_loss = loss_of(model, batch) / micro_steps
             nth += processes.world_size
             if micro_step + 1 < micro_steps or iter_num + 1 < max_iters:
@@ -486,7 +486,7 @@ def run(processes: machine.Processes, place: torch.device) -> None:
             scaler.scale(micro_loss).backward()
             loss[0] += micro_loss.detach()
         scaler.unscale_(updater)
-        grad_norm = machine.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
+        grad_norm = ranks.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
         loss[1], loss[2 + processes.rank] = len(stopping), ~loss[0].isfinite()
         # The one place in an update that waits for the GPU
         mean_loss, stops, *bad, grad_norm = torch.cat((processes.sum(loss), grad_norm.reshape(1))).tolist()
@@ -523,7 +523,7 @@ def run(processes: machine.Processes, place: torch.device) -> None:
     if (stops if not alone else stopping) and not eval_only and not evaluated:
         if is_writing:
             print(f"stopped by a signal after {iter_num} iterations, saving checkpoint to {out_dir}")
-        save(checkpoint.LAST)
+        save(run_folder.LAST)
     log.close()
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, machine, shards
+from quartz import checkpoint, machine, run_folder, shards
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,7 +117,7 @@ def measure(point: Point, splits: dict[str, shards.Split], vocab_size: int) -> d
             text=True,
         )
         seconds = time.perf_counter() - began
-        state = checkpoint.load_furthest(folder) if run.returncode == 0 else {}
+        state = run_folder.load_furthest(folder) if run.returncode == 0 else {}
         if state.get("iter_num") != updates:
             raise UserError(f"{point} did not reach its end: {run.stderr.strip() or 'it was stopped'}")
         model = checkpoint.build_model(state).eval()

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, check
-from quartz import download, files
+from quartz import download, files, run_folder
 from quartz.documents import PACKED, PASSAGE, files_of, is_held_out, is_text, pieces_of
 from quartz.extras import needs
 from quartz.tokenizer import (
@@ -457,9 +457,7 @@ def tokenizer_at(folder: Path) -> Tokenizer:
 
         data = hf_folder.read_tokenizer(folder)
     else:
-        from quartz import checkpoint
-
-        data = checkpoint.load_to_use(str(folder)).get("tokenizer")
+        data = run_folder.load_to_use(str(folder)).get("tokenizer")
     if not data:
         raise UserError(f"{folder} has no tokenizer")
     tokenizer = from_data(data)

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from configurator import UserError
 from model import GPT
-from quartz import machine
+from quartz import ranks
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: singular values go to about 1 in 5 steps, from 0.01 on
 NEWTON_SCHULZ_STEPS = 5
@@ -103,7 +103,7 @@ class Muon(torch.optim.Optimizer):
         momenta, grads = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's: one step ahead
-        updates = [machine.whole(update) for update in updates]
+        updates = [ranks.whole(update) for update in updates]
         places: dict[tuple[int, int], list[torch.Tensor]] = {}  # parts of one shape, lying down, to go in one batch
         for update, rows in zip(updates, sizes, strict=True):
             for part in update.split(rows):
@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
                 part.mul_(math.sqrt(max(1.0, part.size(0) / part.size(1))))
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        updates = [machine.divided_like(update, p) for update, p in zip(updates, parameters, strict=True)]
+        updates = [ranks.divided_like(update, p) for update, p in zip(updates, parameters, strict=True)]
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
 

@@ -3,7 +3,6 @@
 Imported where it is called: it takes a second, and most runs have one process.
 """
 
-import pickle
 import warnings
 from pathlib import Path
 
@@ -16,30 +15,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from configurator import UserError
 from model import GPT
-from quartz import machine
+from quartz import ranks, untrusted
 from quartz.optim import moment_names
-
-# What DCP's .metadata, a pickle, is made of, and dtypes.
-_METADATA = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
-        "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-}  # fmt: skip
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads a .metadata, and refuses whatever else hides in it; DCP itself would run it."""
-
-    def find_class(self, module: str, name: str):
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in _METADATA and not is_dtype:
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
-        return super().find_class(module, name)
 
 
 def divide(model: GPT, device: torch.device) -> None:
@@ -63,9 +40,9 @@ def save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
     if isinstance(model, FSDPModule):
         model.reshard()  # after an evaluation, parameters outside of blocks are still whole
     tensors = _tensors(model, optimizer)
-    parts = {name: tensor.to_local() if machine.is_divided(tensor) else tensor for name, tensor in tensors.items()}
+    parts = {name: tensor.to_local() if ranks.is_divided(tensor) else tensor for name, tensor in tensors.items()}
     bad = [name for name, part in parts.items() if not part.isfinite().all()]
-    if machine.any_of(bool(bad), next(model.parameters()).device):  # which also waits for all
+    if ranks.any_of(bool(bad), next(model.parameters()).device):  # which also waits for all
         which = ", ".join(bad) or "a tensor of another rank"
         raise UserError(f"the run diverged: {which} is not finite; what {folder.parent} holds was left as it was")
     dcp.save(tensors, checkpoint_id=folder)
@@ -79,8 +56,7 @@ def load(state: dict, model: GPT, optimizer: torch.optim.Optimizer | None) -> No
     Without an optimizer the weights alone. Raises UserError where the folder lacks something.
     """
     try:
-        with open(state["path"] / ".metadata", "rb") as file:
-            _Unpickler(file).load()
+        untrusted.check_dcp_metadata(state["path"])
     except Exception as error:  # a broken pickle raises anything
         raise UserError(f"{state['path']} is damaged or not whole: its .metadata can't be read ({error})") from error
     steps = state["steps"] if optimizer else {}

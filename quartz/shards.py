@@ -9,7 +9,6 @@ The batches are a pure function: row r of iteration i depends on (seed, i, r) an
 """
 
 import json
-import pickle
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from quartz import untrusted
 from quartz.tokenizer import GPT2Tokenizer, check_data
 
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
@@ -64,8 +64,7 @@ def load_meta(folder: Path) -> dict:
         if (folder / "meta.json").exists():
             meta = {**meta, **json.loads((folder / "meta.json").read_text(encoding="utf-8"))}
         elif (folder / "meta.pkl").exists():
-            with open(folder / "meta.pkl", "rb") as file:
-                theirs = _PlainUnpickler(file).load()
+            theirs = untrusted.plain_pickle(folder / "meta.pkl")
             meta["vocab_size"], itos = theirs["vocab_size"], theirs.get("itos")
             if itos is not None:
                 if meta["vocab_size"] > sys.maxunicode + 1:
@@ -102,16 +101,6 @@ def tokenizer_of(name: str, vocab_size: int) -> dict:
     raise UserError(
         f"the checkpoint holds no tokenizer, and its data set's meta.pkl is not in {_places(name)[0]}: put it there"
     )
-
-
-class _PlainUnpickler(pickle._Unpickler):
-    """Reads dicts, lists, strings and numbers, and refuses everything that could run code.
-
-    The one in Python, since the one in C reserves whatever memory a file asks for.
-    """
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no plain data")
 
 
 class Split:

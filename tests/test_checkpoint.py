@@ -10,7 +10,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint
+from quartz import checkpoint, run_folder
 
 ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 28, "dropout": 0.0}
 BEST_LOSSES = [torch.tensor(1.25), np.float64(1.25), np.float32(1.25), 1.25]
@@ -185,16 +185,16 @@ def test_a_value_that_is_not_finite_is_never_written(tmp_path):
 
 def test_the_checkpoint_furthest_on_is_resumed(tmp_path, capsys):
     with pytest.raises(UserError, match="no checkpoint"):
-        checkpoint.to_use(str(tmp_path))
+        run_folder.to_use(str(tmp_path))
     nanogpt.write(tmp_path / "last.pt", 1.0, iter_num=3, **ARGS, bias=True)
-    assert checkpoint.to_use(str(tmp_path)).name == "last.pt"
+    assert run_folder.to_use(str(tmp_path)).name == "last.pt"
     nanogpt.write(tmp_path / "ckpt.pt", 1.0, iter_num=3, **ARGS, bias=True)
-    assert checkpoint.to_use(str(tmp_path)).name == "ckpt.pt"
-    assert checkpoint.load_furthest(str(tmp_path))["path"].name == "last.pt"
+    assert run_folder.to_use(str(tmp_path)).name == "ckpt.pt"
+    assert run_folder.load_furthest(str(tmp_path))["path"].name == "last.pt"
     nanogpt.write(tmp_path / "ckpt.pt", 1.0, iter_num=4, **ARGS, bias=True)  # nanoGPT went on in this folder
-    assert checkpoint.load_furthest(str(tmp_path))["path"].name == "ckpt.pt"
+    assert run_folder.load_furthest(str(tmp_path))["path"].name == "ckpt.pt"
     (tmp_path / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes()[:3000])
-    assert checkpoint.load_furthest(str(tmp_path))["path"].name == "last.pt"
+    assert run_folder.load_furthest(str(tmp_path))["path"].name == "last.pt"
     assert "ckpt.pt" in capsys.readouterr().err
 
 

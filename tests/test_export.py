@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, hf_folder, tokenizer
+from quartz import checkpoint, hf_folder, run_folder, tokenizer
 from quartz.tokenizer import PATTERNS, BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 TEXT = "".join(f"It's {n} bottles; I'LL drink {n * 37} of them, naïve 日本語 🙂\r\n\n  \tOK?! " for n in range(200))
@@ -128,7 +128,7 @@ def test_there_and_back_ends_in_equal_tensors(here, run, request, network):
         assert run("export.py", f"--to={to}").code == 0
         result = run("export.py", f"--from={place}", f"--out_dir=back-{to}")
         assert result.code == 0, result.err
-        state = checkpoint.load_to_use(f"back-{to}")
+        state = run_folder.load_to_use(f"back-{to}")
         back = checkpoint.build_model(state).eval()
         assert state["tokenizer"] == tokens.to_data()
         for name, tensor in ours.state_dict().items():
@@ -159,7 +159,7 @@ def test_what_comes_back_trains_and_samples(here, run, request):
     short |= {"max_iters": 3, "eval_iters": 1, "dtype": "float32", "dropout": 0.0}
     result = run("train.py", *flags(init_from="hf:out/hf", out_dir="tuned", **short))
     assert result.code == 0, result.err
-    assert checkpoint.load_to_use("tuned")["model_args"]["arch"] == "llama"
+    assert run_folder.load_to_use("tuned")["model_args"]["arch"] == "llama"
     assert (
         run("sample.py", *flags(out_dir="tuned", num_samples=1, max_new_tokens=5, start="OK", device="cpu")).code == 0
     )
@@ -194,7 +194,7 @@ def test_nanogpt_reads_its_folder(here, run, request, network):
     torch.testing.assert_close(reference(idx), ours(idx, idx)[0], atol=1e-4, rtol=0)
     meta = __import__("pickle").loads((here / "out" / "nanogpt" / "meta.pkl").read_bytes())
     assert "".join(meta["itos"][meta["stoi"][char]] for char in "OK?!") == "OK?!"
-    back = checkpoint.load_to_use("out/nanogpt")
+    back = run_folder.load_to_use("out/nanogpt")
     assert all(torch.equal(t, ours.state_dict()[name]) for name, t in back["model"].items())
 
 

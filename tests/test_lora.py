@@ -6,7 +6,7 @@ from conftest import assert_same_run, assert_user_error, flags, load
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, lora
+from quartz import checkpoint, lora, run_folder, sources
 
 SHAPES = {
     "gpt2": {"bias": True},
@@ -96,7 +96,7 @@ def test_a_model_is_adapted_sampled_resumed_and_exported(base, train, run):
     assert result.code == 0, result.err
     assert_same_run(base / "out-lora", base / "out-two")
     # everything else sees one plain model
-    model, _, _ = checkpoint.model_and_tokenizer("resume", "out-lora")
+    model, _, _ = sources.model_and_tokenizer("resume", "out-lora")
     assert model.state_dict().keys() == before.keys() and not lora.adapters(model.state_dict())
     assert run("sample.py", *flags(out_dir="out-lora", num_samples=1, max_new_tokens=3, device="cpu")).code == 0
     measured = run("eval.py", *flags(out_dir="out-lora", device="cpu"))
@@ -162,10 +162,10 @@ def test_an_adapter_for_another_model_is_refused(base, train):
     path = base / "out-lora" / "adapter.pt"
     for shape in ((16, 28, 2, 2, 32), (16, 28, 3, 2, 16), (16, 28, 1, 2, 16)):
         with pytest.raises(UserError, match="does not fit this model"):
-            checkpoint.merge_adapter(GPT(GPTConfig(*shape)), path)
+            sources.merge_adapter(GPT(GPTConfig(*shape)), path)
     with pytest.raises(UserError, match="does not fit this model"):
-        checkpoint.merge_adapter(GPT(GPTConfig(16, 28, 2, 2, 16)), base / "out-base" / "ckpt.pt")
-    other = checkpoint.build_model(checkpoint.load_to_use("out-base"))
+        sources.merge_adapter(GPT(GPTConfig(16, 28, 2, 2, 16)), base / "out-base" / "ckpt.pt")
+    other = checkpoint.build_model(run_folder.load_to_use("out-base"))
     other.transformer.h[0].attn.c_attn.weight.data += 0.01
     with pytest.raises(UserError, match="beside other weights"):
-        checkpoint.merge_adapter(other, path)
+        sources.merge_adapter(other, path)

@@ -1,0 +1,128 @@
+"""out_dir, the folder of a run: who writes there, which checkpoint is which, and what becomes of an earlier run.
+
+Read it when a run is resumed, or finds another one's files. `ckpt.pt` is what to use (the best, or the latest with
+always_save_checkpoint); `last.pt` is where a run goes on. Either may be a folder of shards, ckpt.dcp or last.dcp.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from configurator import UserError
+from quartz import files
+from quartz.checkpoint import forms, load
+from quartz.curves import LOG, PICTURE
+
+BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"
+
+
+@contextlib.contextmanager
+def claimed(out_dir: str) -> Iterator[None]:
+    """Holds out_dir for this process, so that no second run writes there, and clears what a killed one left half done.
+
+    Raises UserError where another run does.
+    """
+    with files.claimed(out_dir, "run") as is_certain:
+        for leftover in Path(out_dir).glob("*.pt.tmp") if is_certain else ():
+            leftover.unlink()
+        for leftover in Path(out_dir).glob("*.dcp.tmp") if is_certain else ():
+            shutil.rmtree(leftover)
+        yield
+
+
+def prepare_folder(out_dir: str) -> None:
+    """Creates out_dir and makes sure that a file can be written there."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"out_dir {out_dir!r} can't be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def began(out_dir: str, launch: str) -> None:
+    """Notes in out_dir which launch its run belongs to; torchrun's restarts of it find that by `is_of`."""
+    (Path(out_dir) / LAUNCH).write_text(launch, encoding="utf-8")
+
+
+def forget_launch(out_dir: str) -> None:
+    """Before a launch that is no restart: what an earlier one of the same name left is not its own."""
+    with contextlib.suppress(OSError):
+        (Path(out_dir) / LAUNCH).unlink(missing_ok=True)
+
+
+def is_of(out_dir: str, launch: str) -> bool:
+    """Whether out_dir holds a checkpoint of a run that this launch began."""
+    path = Path(out_dir) / LAUNCH
+    begun = any((Path(out_dir) / form).exists() for form in forms(LAST))
+    return begun and path.is_file() and path.read_text(encoding="utf-8") == launch
+
+
+def set_aside(out_dir: Path) -> None:
+    """Moves an earlier run's files out of the way, into out_dir/previous, previous-2, … : nothing is overwritten."""
+    found = [out_dir / name for name in (*forms(BEST), *forms(LAST), ADAPTER, LOG, PICTURE)]
+    found = [path for path in found if path.exists()]
+    if all(path.name in (LOG, PICTURE) for path in found):
+        return
+    names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
+    folder = next(out_dir / name for name in names if not (out_dir / name).exists())
+    print(f"{out_dir} holds an earlier run; it is moved to {folder}")
+    try:
+        folder.mkdir()
+        for path in found:
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
+
+
+def to_use(out_dir: str) -> Path:
+    """The checkpoint to sample or evaluate: ckpt.pt, or last.pt before there is one. UserError if neither is there."""
+    return _existing(out_dir)[0]
+
+
+def load_to_use(out_dir: str) -> dict:
+    """The loaded checkpoint to sample or evaluate; where ckpt.pt is damaged, last.pt with a warning."""
+    return next(_states(_existing(out_dir)))
+
+
+def load_furthest(out_dir: str) -> dict:
+    """The loaded checkpoint that is furthest on: last.pt, unless nanoGPT has carried ckpt.pt on since."""
+    return max(_states(_existing(out_dir)[::-1]), key=lambda state: state["iter_num"])
+
+
+def _states(paths: list[Path]) -> Iterator[dict]:
+    """Loads one after the other, and passes over those that are damaged: with a warning, so long as another serves."""
+    problems, serves = [], False
+    for path in paths:
+        try:
+            state = load(path)
+        except UserError as error:
+            problems += error.problems
+            continue
+        _tell(problems)
+        problems, serves = [], True
+        yield state
+    if not serves:
+        raise UserError(*problems)
+    _tell(problems)
+
+
+def _tell(problems: list[str]) -> None:
+    for problem in problems:
+        print(f"warning: {problem}; the other checkpoint serves", file=sys.stderr)
+
+
+def found(folder: str) -> list[Path]:
+    """The checkpoints in a folder, the one to use first."""
+    paths = [Path(folder) / form for name in (BEST, LAST) for form in forms(name)]
+    return [path for path in paths if path.is_file() or (path / "plain.pt").is_file()]
+
+
+def _existing(out_dir: str) -> list[Path]:
+    if not (paths := found(out_dir)):
+        raise UserError(f"no checkpoint in {out_dir!r}: train one with --out_dir={out_dir}, or name another folder")
+    return paths
