@@ -119,8 +119,8 @@ def losses(monkeypatch):
     """Makes the evaluations of the following runs report these validation losses, in turn."""
     plain, queue, calls = model_module.GPT.forward, [], []
 
-    def forward(self, idx, targets=None, return_logits=True):
-        logits, loss = plain(self, idx, targets, return_logits)
+    def forward(self, *arguments, **keywords):
+        logits, loss = plain(self, *arguments, **keywords)
         if not self.training:  # an evaluation: train, then val, of one batch each
             calls.append(1)
             loss = torch.tensor(float(queue[(len(calls) - 1) // 2]))
