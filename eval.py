@@ -8,6 +8,8 @@ torchrun --standalone --nproc_per_node=8 eval.py --out_dir=out --batch_size=32 -
 Each token but the first is predicted once: window k begins at token k * stride, and counts what no window before it has
 predicted. The loss is the mean over tokens, in nats; perplexity is e to the loss. Bits per byte, the loss of all tokens
 over the bytes of text that they stand for, compares models with different tokenizers. The last line is JSON.
+
+Of a data set with a mask only its targets count; of one with rows, each row is a window by itself.
 """
 
 import configurator
@@ -50,7 +52,8 @@ class Text(shards.Split):
     """The tokens of a text, in memory, to be read as those of a split are."""
 
     def __init__(self, name: str, ids: np.ndarray):
-        self.name, self.vocab_size, self.ids = name, None, ids.astype(np.int64)
+        self.name, self.vocab_size, self.row, self.mask = name, None, None, None
+        self.ids = ids.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -145,9 +148,10 @@ def lay_out(n_tokens: int, T: int, step: int) -> tuple[int, int]:
 def measure(
     model: GPT, text: shards.Split, T: int, step: int, counts: torch.Tensor | None, processes: ranks.Processes
 ) -> tuple[float, int, int]:
-    """The loss of all tokens but the first, summed, in nats; their number; and the bytes that they stand for.
+    """The loss of all targets, summed, in nats; their number; and the bytes that they stand for.
 
-    counts (V,): the bytes of each id. The batches are shared out among the processes.
+    All tokens but the first are targets, unless a mask says less. counts (V,): the bytes of each id. The batches are
+    shared out among the processes.
     """
     place = model.lm_head.weight.device
     autocast = machine.autocast(place, machine.pick_dtype(dtype, place))
@@ -163,7 +167,11 @@ def measure(
         x, y = text.windows(starts, length)
         is_counted = torch.from_numpy(starts > 0)[:, None] & (torch.arange(length) < T - step)
         y = y.masked_fill(is_counted, -1)  # by the window before
+        if text.mask:
+            y = y.masked_fill(text.weights(starts, length) == 0, -1)
         new = y[y >= 0]
+        if not len(new):
+            continue
         with autocast:
             mean = model(x.to(place), y.to(place), return_logits=False)[1].item()
         if not math.isfinite(mean):
@@ -201,6 +209,10 @@ def main() -> None:
     ]
     configurator.check(rules)
     text, tokens = open_text(name, model, theirs, where)
+    if text.row:
+        T, step = shards.window_length(text.row, longest), text.row
+        rule = f"{text.name} has rows of {step} tokens, each a window by itself: leave out stride and block_size"
+        configurator.check([(not stride and not block_size, rule)])
     full, last = lay_out(len(text), T, step)
     processes, place = ranks.start_processes(device, backend)
     with ranks.lost_ranks_named(processes):
@@ -212,6 +224,8 @@ def main() -> None:
         began = time.perf_counter()
         loss, n_tokens, n_bytes = measure(model, text, T, step, bytes_by_id(tokens) if tokens else None, processes)
         seconds = time.perf_counter() - began
+        if not n_tokens:
+            raise UserError(f"{text.name} holds no target: its mask has no 1 where there is something to predict from")
         if processes.is_master:
             record = figures(loss, n_tokens, n_bytes)
             shown = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in record.items() if value is not None]

@@ -291,7 +291,7 @@ def _norm(config: GPTConfig) -> nn.Module:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a linear head, without ever holding all logits or their gradient.
+    """`loss_of_logits` of a linear head, without ever holding all logits or their gradient.
 
     The gradients of the head's input and weight are taken chunk by chunk in the forward pass, while the chunk's logits
     are at hand, so the head is multiplied once and the backward pass only scales. They are kept as sums, not means,
@@ -299,54 +299,70 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int):
-        """hidden (N, C), weight (V, C), targets (N,) -> the mean, a float32 scalar."""
+    def forward(ctx, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights, divisor):
+        """hidden (N, C), head (V, C), targets (N,), weights (N,) or None -> a float32 scalar."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        h_all, w = hidden.to(dtype), weight.to(dtype)
+        h_all, w = hidden.to(dtype), head.to(dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if needs_grad:
             grad_hidden = torch.empty_like(h_all)
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        counted = targets != ignore_index
-        rows = max(1, LOSS_CHUNK_LOGITS // weight.size(0))
+        counted = targets != -1
+        factors = counted if weights is None else counted * weights
+        rows = max(1, LOSS_CHUNK_LOGITS // head.size(0))
         for start in range(0, hidden.size(0), rows):
             part = slice(start, start + rows)
-            h, keep = h_all[part], counted[part].unsqueeze(1)
-            target = targets[part].unsqueeze(1).clamp(min=0)  # where ignored, any valid row: it is masked below
+            h, factor = h_all[part], factors[part].unsqueeze(1)
+            target = targets[part].unsqueeze(1).clamp(min=0)  # where ignored, any valid row: its factor is 0
             logits = F.linear(h, w).float()  # (rows, V)
             log_norm = logits.logsumexp(dim=1, keepdim=True)
-            total += ((log_norm - logits.gather(1, target)) * keep).sum()
+            total += ((log_norm - logits.gather(1, target)) * factor).sum()
             if needs_grad:
                 grad_logits = logits.sub_(log_norm).exp_()  # softmax, in place
                 grad_logits.scatter_add_(1, target, torch.full_like(log_norm, -1.0))
-                grad_logits = grad_logits.mul_(keep).to(dtype)
+                grad_logits = grad_logits.mul_(factor).to(dtype)
                 grad_hidden[part] = grad_logits @ w
-                if grad_weight is not None:  # else the head is frozen
-                    grad_weight += grad_logits.T @ h
-        count = counted.sum()
+                if grad_head is not None:  # else the head is frozen
+                    grad_head += grad_logits.T @ h
+        if divisor is None:
+            count = counted.sum()
+            loss, divisor = total / count, count.clamp(min=1)
+        else:
+            loss = total / divisor
         if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight, count)
-            ctx.dtypes = hidden.dtype, weight.dtype
-        return total / count
+            ctx.save_for_backward(grad_hidden, grad_head)
+            ctx.divisor, ctx.dtypes = divisor, (hidden.dtype, head.dtype)
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor):
-        grad_hidden, grad_weight, count = ctx.saved_tensors
-        scale = grad_loss / count.clamp(min=1)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(ctx.dtypes[1])
-        return (grad_hidden * scale).to(ctx.dtypes[0]), grad_weight, None, None
+        grad_hidden, grad_head = ctx.saved_tensors
+        scale = grad_loss / ctx.divisor
+        if grad_head is not None:
+            grad_head = (grad_head * scale).to(ctx.dtypes[1])
+        return (grad_hidden * scale).to(ctx.dtypes[0]), grad_head, None, None, None
 
 
-def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int = -1):
-    """Mean cross-entropy of the logits hidden @ weight.T: hidden (N, C), weight (V, C), targets (N,) -> scalar."""
-    if hidden.size(0) * weight.size(0) > LOSS_CHUNK_LOGITS:
+def loss_of_logits(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, divisor):
+    """The mean loss of the targets (N,) that are not -1, given logits (N, V), in nats.
+
+    With a divisor: the sum of their losses, times weights (N,) where there are any, over the divisor.
+    """
+    if divisor is None:
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+    losses = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
+    return (losses if weights is None else losses * weights).sum() / divisor
+
+
+def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights=None, divisor=None):
+    """`loss_of_logits` of hidden @ head.T, of which few are held at a time: hidden (N, C), head (V, C)."""
+    if hidden.size(0) * head.size(0) > LOSS_CHUNK_LOGITS:
         if not torch.is_grad_enabled():  # autograd would ask for the gradients all the same
-            hidden, weight = hidden.detach(), weight.detach()
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, ignore_index)
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=ignore_index)
+            hidden, head = hidden.detach(), head.detach()
+        return ChunkedCrossEntropy.apply(hidden, head, targets, weights, divisor)
+    return loss_of_logits(F.linear(hidden, head), targets, weights, divisor)
 
 
 class GPT(nn.Module):
@@ -453,23 +469,41 @@ class GPT(nn.Module):
                 x = block(x, rope)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True):
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        divisor: float | torch.Tensor | None = None,
+        return_logits: bool = True,
+    ):
         """idx (B, T) int64, targets (B, T) int64 with -1 where there is nothing to predict -> (logits, loss).
 
         Without targets: the logits of the last position (B, 1, V), and None. With targets: all logits (B, T, V) and the
         mean loss in nats; return_logits=False gives None for the logits and takes the loss in chunks, which saves their
         memory. Raises ValueError where T is over block_size.
+
+        weights (B, T), constants: what each target's loss is multiplied by, such as 0 and 1, a mask, or an advantage.
+        divisor: a number, or a tensor of one, that the sum is divided by, in place of the mean. Given how many targets
+        count in all micro-batches together, their losses, and gradients, add up to those of the whole batch, and a
+        micro-batch without any adds exactly 0. Weights alone are divided by the number of those that are not 0 here.
         """
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit in block_size {self.config.block_size}")
         x = self._hidden(idx, torch.arange(idx.size(1), device=idx.device))
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
+        if weights is not None:
+            if weights.shape != targets.shape:
+                raise ValueError(f"weights are {(*weights.shape,)}, and targets {(*targets.shape,)}: give one for each")
+            weights = weights.detach().reshape(-1).float()
+        targets = targets.reshape(-1)
+        if weights is not None and divisor is None:
+            divisor = ((weights != 0) & (targets != -1)).sum().clamp(min=1)
         if return_logits:
             logits = self.lm_head(x)
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
-            return logits, loss
-        return None, cross_entropy(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1))
+            return logits, loss_of_logits(logits.view(-1, logits.size(-1)), targets, weights, divisor)
+        return None, cross_entropy(x.view(-1, x.size(-1)), self.lm_head.weight, targets, weights, divisor)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shortens the context to block_size: of GPT-2 the later position embeddings go."""

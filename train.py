@@ -184,6 +184,11 @@ def load_model(meta: dict) -> tuple[GPT, dict]:
         vocab_size = meta["vocab_size"] or 50304
         if meta["tokenizer"] and meta["tokenizer"]["type"] != "char":
             vocab_size = math.ceil(vocab_size / ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO
+        if meta["row"] and meta["row"] <= block_size:
+            raise UserError(
+                f"the data set has rows of {meta['row']} tokens, which leave positions of block_size {block_size} "
+                f"untrained: set block_size={meta['row'] - 1}"
+            )
         return GPT(model_config(vocab_size)), state
     if init_from == "resume":
         state = run_folder.load_furthest(out_dir)
@@ -308,7 +313,7 @@ def run(processes: ranks.Processes, place: torch.device) -> None:
     meta = shards.load_meta(folder)
     raw_model, state = load_model(meta)
     model_args = raw_model.config.to_args()
-    T = raw_model.config.block_size
+    T = shards.window_length(meta["row"], raw_model.config.block_size)
     tokens_per_iter = gradient_accumulation_steps * batch_size * T
     if token_budget:
         global max_iters, lr_decay_iters
@@ -353,20 +358,26 @@ def run(processes: ranks.Processes, place: torch.device) -> None:
     micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
     peak = machine.peak_flops(place, compute_dtype)
 
-    def batch_at(split: shards.Split, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = split.windows(starts, T)
+    def batch_at(split: shards.Split, starts: np.ndarray) -> list[torch.Tensor]:
+        """Inputs and targets (B, T), and the targets' weights where the data set has some."""
+        batch = [*split.windows(starts, T)]
+        if split.is_weighted:
+            batch.append(split.weights(starts, T))
         if place.type == "cuda":  # from pinned memory the copy runs while the GPU computes
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(place, non_blocking=True), y.to(place, non_blocking=True)
+            batch = [tensor.pin_memory() for tensor in batch]
+        return [tensor.to(place, non_blocking=True) for tensor in batch]
 
-    def training_batch(nth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The run's nth micro-batch, all processes' counted."""
-        rows = np.arange(nth * batch_size, (nth + 1) * batch_size)
-        return batch_at(splits["train"], shards.training_starts(rows, len(splits["train"]), T, seed))
+    def training_starts(nth: int, count: int = 1) -> np.ndarray:
+        """Where the windows begin of `count` micro-batches from the run's nth, all processes' counted."""
+        rows = np.arange(nth * batch_size, (nth + count) * batch_size)
+        return shards.training_starts(rows, len(splits["train"]), T, seed, splits["train"].row)
 
-    def loss_of(network: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def training_batch(nth: int) -> list[torch.Tensor]:
+        return batch_at(splits["train"], training_starts(nth))
+
+    def loss_of(network: torch.nn.Module, batch: list[torch.Tensor], divisor: float | None) -> torch.Tensor:
         with autocast:
-            return network(*batch, return_logits=False)[1]
+            return network(*batch, divisor=divisor, return_logits=False)[1]
 
     @torch.no_grad()
     def estimate_loss() -> dict[str, float] | None:
@@ -375,15 +386,20 @@ def run(processes: ranks.Processes, place: torch.device) -> None:
         raw_model.eval()
         for name, split in splits.items():
             batches = min(eval_iters, math.ceil((len(split) - 1) / (batch_size * T)))
-            starts = shards.evaluation_starts(len(split), T, batches * batch_size).reshape(batches, batch_size)
+            starts = shards.evaluation_starts(len(split), T, batches * batch_size, split.row)
+            parts = [starts[first : first + batch_size] for first in range(0, len(starts), batch_size)]
+            batches, divisor = len(parts), split.count_targets(starts, T) if split.is_weighted else None
+            if divisor == 0:
+                raise UserError(f"no token of {split.name} that is evaluated is a target: raise eval_iters")
             total = torch.zeros((), device=place)
             for first in range(0, batches, processes.world_size):
                 if stopping and alone:
                     return None
                 # One for each process; where the last ones leave some over, these repeat one and do not count it
                 nth = first + processes.rank
-                total += loss_of(raw_model, batch_at(split, starts[min(nth, batches - 1)])) * (nth < batches)
-            losses[name] = processes.sum(total).item() / batches
+                batch = batch_at(split, parts[min(nth, batches - 1)])
+                total += loss_of(raw_model, batch, divisor) * (nth < batches)
+            losses[name] = processes.sum(total).item() / (1 if split.is_weighted else batches)
         return losses
 
     def save(*names: str) -> None:
@@ -474,12 +490,21 @@ def run(processes: ranks.Processes, place: torch.device) -> None:
             group["lr"] = lr * rate
             if "momentum" in group:
                 group["momentum"] = optim.momentum_at(iter_num, muon_momentum)
+        # With weights, the sum over all targets of the update is divided by their number, which the mask alone tells,
+        # over that of processes, since gradients become their mean
+        targets = divisor = None
+        if splits["train"].is_weighted:
+            first = iter_num * gradient_accumulation_steps
+            targets = splits["train"].count_targets(training_starts(first, gradient_accumulation_steps), T)
+            divisor = targets / processes.world_size
         # The mean loss of all micro-batches, the signals that came in, and for each rank whether its loss is no number
         loss = torch.zeros(2 + processes.world_size, device=place)
         for micro_step in range(micro_steps):
             if not alone:  # gradients travel once an update
                 ranks.set_gradient_sync(model, micro_step == micro_steps - 1)
-            micro_loss = loss_of(model, batch) / micro_steps
+            micro_loss = loss_of(model, batch, divisor)
+            if divisor is None:
+                micro_loss = micro_loss / micro_steps
             nth += processes.world_size
             if micro_step + 1 < micro_steps or iter_num + 1 < max_iters:
                 batch = training_batch(nth)  # while a GPU computes
@@ -492,6 +517,8 @@ def run(processes: ranks.Processes, place: torch.device) -> None:
         mean_loss, stops, *bad, grad_norm = torch.cat((processes.sum(loss), grad_norm.reshape(1))).tolist()
         mean_loss, bad_ranks = mean_loss / processes.world_size, [rank for rank, is_bad in enumerate(bad) if is_bad]
         fault = f"the loss of rank {', '.join(map(str, bad_ranks))} is not finite" if bad_ranks else ""
+        if targets == 0:
+            fault = "no token of the update is a target"
         if not fault and not scaler.is_enabled() and not math.isfinite(grad_norm):  # a scaler does this for itself
             fault = f"the gradient's norm is {grad_norm}"
         skipped = skipped + 1 if fault else 0

@@ -200,7 +200,8 @@ def _rename(folder: Path, names: dict[str, str]) -> None:
     """
     if all((folder / name).exists() for name in names):  # of those to come, none is in its place
         for split in SPLITS:
-            for old in [folder / f"{split}.bin", *folder.glob(f"{split}_*.bin"), folder / "meta.pkl"]:
+            masks = [folder / f"{split}.mask", *folder.glob(f"{split}_*.mask")]  # of other tokens than the new ones
+            for old in [folder / f"{split}.bin", *folder.glob(f"{split}_*.bin"), *masks, folder / "meta.pkl"]:
                 old.unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: (name.startswith("train"), name)):
         if (folder / name).exists():

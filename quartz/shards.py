@@ -5,6 +5,12 @@ uint16 tokens, uint32 where meta.json says so. A file that starts with the heade
 such. meta.json holds the vocabulary size, the dtype, the token counts and the tokenizer. nanoGPT's folders, with
 meta.pkl or no meta at all, work as they are.
 
+Two things make a data set one of conversations. A mask beside each file of tokens, train.mask beside train.bin: a byte
+a token, 1 where that token is a target, something to be predicted from all before it, and 0 where it is only read.
+And "row" in meta.json: the tokens are rows of so many, one behind the other, each a window by itself, whose inputs are
+all of the row but its last token, and whose targets are all but its first. So rows of 257 fill a context of 256. A row
+that holds less is padded, with tokens that are no targets. Either works without the other.
+
 The batches are a pure function: row r of iteration i depends on (seed, i, r) and on the data, and on nothing else.
 """
 
@@ -55,11 +61,11 @@ def _known() -> list[str]:
 
 
 def load_meta(folder: Path) -> dict:
-    """What is known of a data set: {vocab_size, dtype, tokens, tokenizer}, each None where nothing is.
+    """What is known of a data set: {vocab_size, dtype, tokens, tokenizer, row}, each None where nothing is.
 
     nanoGPT's folders without meta hold GPT-2 tokens. meta.pkl is read without running any code that hides in it.
     """
-    meta = {"vocab_size": None, "dtype": "uint16", "tokens": None, "tokenizer": None}
+    meta = {"vocab_size": None, "dtype": "uint16", "tokens": None, "tokenizer": None, "row": None}
     try:
         if (folder / "meta.json").exists():
             meta = {**meta, **json.loads((folder / "meta.json").read_text(encoding="utf-8"))}
@@ -79,6 +85,8 @@ def load_meta(folder: Path) -> dict:
             raise ValueError(f"vocab_size is {meta['vocab_size']!r}")
         if not all(type(count) is int for count in (meta["tokens"] or {}).values()):
             raise ValueError(f"tokens is {meta['tokens']!r}, not a count for each split")
+        if meta["row"] is not None and not (type(meta["row"]) is int and meta["row"] > 1):
+            raise ValueError(f"row is {meta['row']!r}, not the number of tokens in a row, 2 or more")
         if meta["tokenizer"] is not None:
             check_data(meta["tokenizer"], meta["vocab_size"])
     except Exception as error:  # a broken pickle raises anything
@@ -103,37 +111,54 @@ def tokenizer_of(name: str, vocab_size: int) -> dict:
     )
 
 
+def window_length(row: int | None, block_size: int) -> int:
+    """The number of inputs in a window: of a data set of rows, so many tokens each, row - 1; else block_size.
+
+    Raises UserError where a row does not fit in block_size.
+    """
+    if row and row - 1 > block_size:
+        raise UserError(
+            f"the data set has rows of {row} tokens, which need block_size {row - 1} or more, not {block_size}: "
+            "prepare it with shorter rows, or take a longer context"
+        )
+    return row - 1 if row else block_size
+
+
 class Split:
-    """The tokens of one split, memory-mapped, as one row of tokens over all its shards."""
+    """The tokens of one split, and the mask over them, memory-mapped, as one row of tokens over all its shards."""
 
     def __init__(self, folder: Path, split: str, meta: dict, vocab_size: int | None = None):
-        """Raises UserError for a missing, empty, truncated or half-written file, or ids beyond vocab_size."""
+        """Raises UserError for a missing, empty, truncated or half-written file, ids beyond vocab_size, a mask that
+        is not this split's, or tokens that are no whole rows.
+        """
         files = _shard_files(folder, split) or [folder / f"{split}.bin"]
-        self.name, self.vocab_size = f"{folder} ({split})", vocab_size
-        self.files, self.stamps = files, [_stamp(file) for file in files]
-        self.shards = [_map_shard(file, np.dtype(meta["dtype"]).newbyteorder("<")) for file in files]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.name, self.vocab_size, self.row = f"{folder} ({split})", vocab_size, meta.get("row")
+        shards = [_map_shard(file, np.dtype(meta["dtype"]).newbyteorder("<")) for file in files]
+        self.tokens = Pieces(files, shards)
         expected = (meta["tokens"] or {}).get(split, len(self))
         if expected != len(self):
             raise UserError(f"{self.name} holds {len(self)} tokens, and meta.json says {expected}: prepare it again")
-        for shard, end in zip(self.shards, self.ends, strict=True):
-            self._check_ids(shard[: max(0, SCAN_TOKENS - int(end) + len(shard))])
+        if self.row and len(self) % self.row:
+            raise UserError(
+                f"{self.name} holds {len(self)} tokens, no whole number of rows of {self.row}: prepare it again"
+            )
+        self.mask = _map_masks(folder, split, files, shards)
+        for shard in self.tokens.heads(SCAN_TOKENS):
+            self._check_ids(shard)
+        for shard in self.mask.heads(SCAN_TOKENS) if self.mask else ():
+            self._check_mask(shard)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return len(self.tokens)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether batches differ in how many targets they have, so that each target has a weight."""
+        return self.mask is not None or self.row is not None
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start … start + count - 1, across the borders of shards, as int64."""
-        out, filled = np.empty(count, dtype=np.int64), 0
-        shard = int(np.searchsorted(self.ends, start, side="right"))
-        while filled < count:
-            if _stamp(self.files[shard]) != self.stamps[shard]:  # of what is mapped and cut off, no read returns
-                raise UserError(f"{self.files[shard]} was changed while it is in use: prepare the data set again")
-            offset = start + filled - (int(self.ends[shard - 1]) if shard else 0)
-            part = self.shards[shard][offset : offset + count - filled]
-            out[filled : filled + len(part)] = part
-            filled, shard = filled + len(part), shard + 1
-        return out
+        return self.tokens.read(start, count)
 
     def windows(self, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (B, T) int64 of the windows that begin at `starts`; a target is the next token."""
@@ -141,6 +166,24 @@ class Split:
         self._check_ids(tokens)
         tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def weights(self, starts: np.ndarray, block_size: int) -> torch.Tensor:
+        """What the targets of these windows count, (B, T) float32: 1, or 0 where the mask has 0."""
+        if self.mask is None:
+            return torch.ones(len(starts), block_size)
+        return torch.from_numpy(np.stack([self._targets(int(start), block_size) for start in starts])).float()
+
+    def count_targets(self, starts: np.ndarray, block_size: int) -> int:
+        """How many targets count in these windows. Reads the mask alone, so that it can be known before a batch is."""
+        if self.mask is None:
+            return len(starts) * block_size
+        return sum(int(self._targets(int(start), block_size).sum()) for start in starts)
+
+    def _targets(self, start: int, block_size: int) -> np.ndarray:
+        """Which targets of the window at `start` count, (T,), 0 or 1 each."""
+        mask = self.mask.read(start + 1, block_size)
+        self._check_mask(mask)
+        return mask
 
     def check_length(self, block_size: int) -> None:
         if len(self) <= block_size:
@@ -152,6 +195,40 @@ class Split:
     def _check_ids(self, tokens: np.ndarray) -> None:
         if self.vocab_size is not None and tokens.size and (top := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{self.name} holds token id {top}, beyond the model's vocabulary of {self.vocab_size}")
+
+    def _check_mask(self, mask: np.ndarray) -> None:
+        if mask.size and (top := int(mask.max())) > 1:
+            raise UserError(f"the mask of {self.name} holds {top}, which is neither 0 nor 1: prepare it again")
+
+
+class Pieces:
+    """Arrays in several mapped files, read as if they were one."""
+
+    def __init__(self, files: list[Path], arrays: list[np.ndarray]):
+        self.files, self.stamps, self.arrays = files, [_stamp(file) for file in files], arrays
+        self.ends = np.cumsum([len(array) for array in arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """The values start … start + count - 1, as int64. Raises UserError where a file has changed meanwhile."""
+        out, filled = np.empty(count, dtype=np.int64), 0
+        nth = int(np.searchsorted(self.ends, start, side="right"))
+        while filled < count:
+            if _stamp(self.files[nth]) != self.stamps[nth]:  # of what is mapped and cut off, no read returns
+                raise UserError(f"{self.files[nth]} was changed while it is in use: prepare the data set again")
+            offset = start + filled - (int(self.ends[nth - 1]) if nth else 0)
+            part = self.arrays[nth][offset : offset + count - filled]
+            out[filled : filled + len(part)] = part
+            filled, nth = filled + len(part), nth + 1
+        return out
+
+    def heads(self, count: int) -> list[np.ndarray]:
+        """The first `count` values, in the files' pieces."""
+        return [
+            array[: max(0, count - int(end) + len(array))] for array, end in zip(self.arrays, self.ends, strict=True)
+        ]
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
@@ -184,6 +261,24 @@ def _map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
         raise UserError(f"{path} can't be read: {error}") from error
 
 
+def _map_masks(folder: Path, split: str, files: list[Path], shards: list[np.ndarray]) -> Pieces | None:
+    """The mask beside each file of tokens; None where there is none. Raises UserError where they don't go together."""
+    there = [*folder.glob(f"{split}_*.mask"), *(path for path in [folder / f"{split}.mask"] if path.exists())]
+    if not there:
+        return None
+    wanted = [file.with_suffix(".mask") for file in files]
+    if lost := sorted(set(wanted) ^ set(there)):
+        other = "has no mask, and others have" if lost[0] in wanted else "has no tokens, but a mask"
+        raise UserError(f"{lost[0].with_suffix('.bin')} {other}: prepare the data set again")
+    masks = [_map_shard(path, np.dtype("u1")) for path in wanted]
+    for path, mask, shard in zip(wanted, masks, shards, strict=True):
+        if len(mask) != len(shard):
+            raise UserError(f"{path} is of {len(mask)} tokens, and there are {len(shard)}: prepare the data set again")
+    if not any(mask.any() for mask in masks):
+        raise UserError(f"the mask of {folder} ({split}) is 0 throughout, which leaves no target")
+    return Pieces(wanted, masks)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The order of the data
 
@@ -199,25 +294,37 @@ def mix(*numbers: int) -> int:
     return state
 
 
-def training_starts(rows: np.ndarray, n_tokens: int, block_size: int, seed: int) -> np.ndarray:
+def training_starts(
+    rows: np.ndarray, n_tokens: int, block_size: int, seed: int, length: int | None = None
+) -> np.ndarray:
     """Where the windows of these rows begin; rows are numbered through the run: iteration · rows an iteration + r.
 
     An epoch visits each of its windows once, in an order of its own. Windows do not overlap within an epoch, and each
-    epoch shifts their boundaries. Nothing is stored: the cost does not depend on the size of the data.
+    epoch shifts their boundaries; where the data itself is rows, of `length` tokens, its windows are these. Nothing is
+    stored: the cost does not depend on the size of the data.
     """
-    n_windows = max(1, (n_tokens - block_size) // block_size)
-    n_shifts = min(block_size, n_tokens - n_windows * block_size)
+    if length:
+        n_windows, n_shifts, step = n_tokens // length, 1, length
+    else:
+        n_windows, step = max(1, (n_tokens - block_size) // block_size), block_size
+        n_shifts = min(block_size, n_tokens - n_windows * block_size)
     epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), n_windows)
     starts = np.empty_like(places)
     for epoch in np.unique(epochs):
         here = epochs == epoch
         shift = mix(seed, epoch, 1) % n_shifts
-        starts[here] = _permute(places[here], n_windows, mix(seed, epoch, 2)) * block_size + shift
+        starts[here] = _permute(places[here], n_windows, mix(seed, epoch, 2)) * step + shift
     return starts
 
 
-def evaluation_starts(n_tokens: int, block_size: int, count: int) -> np.ndarray:
-    """Where `count` windows begin that are spread evenly over a split, its first and last token included."""
+def evaluation_starts(n_tokens: int, block_size: int, count: int, length: int | None = None) -> np.ndarray:
+    """Where `count` windows begin that are spread evenly over a split, its first and last token included.
+
+    Where the data itself is rows, of `length` tokens, the windows are rows, and no more than there are.
+    """
+    if length:
+        n_rows = n_tokens // length
+        return np.linspace(0, n_rows - 1, min(count, n_rows)).round().astype(np.int64) * length
     return np.linspace(0, n_tokens - 1 - block_size, count).round().astype(np.int64)
 
 

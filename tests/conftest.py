@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,6 +146,23 @@ def tiny(tmp_path, monkeypatch) -> Path:
     ids = tokenizer.encode(text)
     corpus.write_dataset(tmp_path / "data" / "tiny", {"train": ids[:-500], "val": ids[-500:]}, tokenizer)
     return tmp_path
+
+
+@pytest.fixture
+def rows(tiny) -> Path:
+    """data/tiny as 170 and 29 rows of 17 tokens, about a third of which are targets: of some rows none, of some all."""
+    folder = tiny / "data" / "tiny"
+    meta, counts, generator = json.loads((folder / "meta.json").read_text()), {}, np.random.default_rng(5)
+    for split in ("train", "val"):
+        tokens = np.fromfile(folder / f"{split}.bin", dtype="<u2")
+        counts[split] = len(tokens) // 17 * 17
+        tokens[: counts[split]].tofile(folder / f"{split}.bin")
+        shares = generator.choice([0.0, 0.1, 0.3, 1.0], counts[split] // 17)
+        (generator.random((counts[split] // 17, 17)) < shares[:, None]).astype(np.uint8).tofile(
+            folder / f"{split}.mask"
+        )
+    (folder / "meta.json").write_text(json.dumps({**meta, "tokens": counts, "row": 17}))
+    return tiny
 
 
 @pytest.fixture

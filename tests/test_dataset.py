@@ -132,6 +132,117 @@ def test_ids_beyond_the_vocabulary_are_found_in_the_batch_too(tmp_path, monkeypa
         split.windows(np.array([2]), 3)
 
 
+def write_masked(folder, masks: dict[str, list[int]], files: dict[str, list[int]] | None = None) -> None:
+    for name, ids in (files or {"train.bin": range(12)}).items():
+        write(folder, name, ids)
+    for name, mask in masks.items():
+        write(folder, name, mask, dtype="u1")
+
+
+def test_a_mask_says_which_tokens_are_targets(tmp_path):
+    mask = [1, 0, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1]
+    files = {"train_0.bin": range(5), "train_1.bin": range(5, 12)}
+    write_masked(tmp_path, {"train_0.mask": mask[:5], "train_1.mask": mask[5:]}, files)
+    split = Split(tmp_path, "train", META)
+    starts = np.array([0, 3, 7])
+    _, y = split.windows(starts, 4)
+    weights = split.weights(starts, 4)
+    assert split.is_weighted and weights.dtype == torch.float32
+    assert weights.tolist() == [[mask[token] for token in row] for row in y.tolist()]
+    assert split.count_targets(starts, 4) == weights.sum() == 6
+    assert split.count_targets(np.array([7]), 2) == 0
+
+
+def test_without_a_mask_or_rows_nothing_is_weighted(tmp_path):
+    write(tmp_path, "train.bin", range(12))
+    write(tmp_path, "val.mask", [1] * 12, dtype="u1")
+    assert not Split(tmp_path, "train", META).is_weighted
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        ({"train.mask": [1] * 11}, "train.mask is of 11 tokens, and there are 12"),
+        ({"train.mask": [1] * 11 + [2]}, "holds 2, which is neither 0 nor 1"),
+        ({"train.mask": [0] * 12}, "leaves no target"),
+        ({"train.mask": []}, "empty"),
+        ({"train_1.mask": [1] * 12}, "train.bin has no mask, and others have"),
+        ({"train.mask": [1] * 12, "train_1.mask": [1] * 12}, "train_1.bin has no tokens, but a mask"),
+    ],
+    ids=str,
+)
+def test_a_mask_that_is_not_of_these_tokens_is_one_problem(tmp_path, masks, words):
+    write_masked(tmp_path, masks)
+    with pytest.raises(UserError, match=words) as error:
+        Split(tmp_path, "train", META)
+    assert len(error.value.problems) == 1
+
+
+def test_a_mask_that_one_of_several_shards_lacks_is_named(tmp_path):
+    write_masked(tmp_path, {"train_0.mask": [1] * 3}, {"train_0.bin": range(3), "train_1.bin": range(3)})
+    with pytest.raises(UserError, match=r"train_1\.bin has no mask"):
+        Split(tmp_path, "train", META)
+
+
+def test_a_mask_that_changes_or_is_wrong_beyond_what_is_looked_at_first_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SCAN_TOKENS", 4)
+    write_masked(tmp_path, {"train.mask": [1] * 9 + [7] + [1] * 2})
+    split = Split(tmp_path, "train", META)
+    split.weights(np.array([0]), 8)
+    for read in (split.weights, split.count_targets):
+        with pytest.raises(UserError, match="holds 7"):
+            read(np.array([1]), 9)
+    (tmp_path / "train.mask").write_bytes(b"\1" * 3)
+    with pytest.raises(UserError, match=r"train\.mask was changed"):
+        split.weights(np.array([0]), 8)
+
+
+@pytest.mark.parametrize(("n_rows", "row"), [(1, 5), (2, 2), (97, 9), (1000, 33)])
+def test_an_epoch_visits_every_row_once_and_cuts_none(n_rows, row):
+    epochs = []
+    for epoch in range(3):
+        numbers = np.arange(epoch * n_rows, (epoch + 1) * n_rows)
+        starts = training_starts(numbers, n_rows * row, row - 1, 7, row)
+        assert sorted(starts) == list(range(0, n_rows * row, row))
+        assert np.array_equal(starts[::-1], training_starts(numbers[::-1], n_rows * row, row - 1, 7, row))
+        epochs.append(starts.tolist())
+    if n_rows > 50:
+        assert epochs[0] != epochs[1] != epochs[2], "each epoch has an order of its own"
+        assert epochs[0] != training_starts(np.arange(n_rows), n_rows * row, row - 1, 8, row).tolist()
+
+
+def test_the_order_of_rows_is_fixed_for_ever():
+    assert training_starts(np.arange(4), 33 * 1000, 32, 1337, 33).tolist() == [28248, 22704, 726, 3531]
+
+
+def test_evaluated_rows_are_whole_and_no_more_than_there_are():
+    assert evaluation_starts(50, 4, 100, 5).tolist() == list(range(0, 50, 5))
+    assert evaluation_starts(50, 4, 3, 5).tolist() == [0, 20, 45]
+    for n_rows in range(1, 40):
+        for count in range(1, n_rows + 1):
+            starts = evaluation_starts(n_rows * 3, 2, count, 3)
+            assert len(set(starts.tolist())) == count and not (starts % 3).any() and starts.max() < n_rows * 3
+
+
+def test_a_window_of_rows_is_a_row(tmp_path):
+    write(tmp_path, "train.bin", range(12))
+    split = Split(tmp_path, "train", {**META, "row": 4})
+    T = shards.window_length(split.row, 8)
+    x, y = split.windows(evaluation_starts(len(split), T, 9, split.row), T)
+    assert x.tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]] and y.tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
+    assert split.is_weighted and split.weights(np.array([0, 4]), T).tolist() == [[1] * 3] * 2
+    assert split.count_targets(np.array([0, 4]), T) == 6
+
+
+def test_rows_that_do_not_fit_are_one_problem(tmp_path):
+    assert (shards.window_length(None, 8), shards.window_length(9, 8), shards.window_length(5, 8)) == (8, 8, 4)
+    with pytest.raises(UserError, match="rows of 10 tokens, which need block_size 9 or more, not 8"):
+        shards.window_length(10, 8)
+    write(tmp_path, "train.bin", range(12))
+    with pytest.raises(UserError, match="12 tokens, no whole number of rows of 5"):
+        Split(tmp_path, "train", {**META, "row": 5})
+
+
 class Bomb:
     def __reduce__(self):
         return (eval, ("open('bomb', 'w')",))
@@ -169,6 +280,9 @@ def test_nanogpts_meta_is_read(tmp_path):
         '{"vocab_size": "9"}',
         '{"vocab_size": 0}',
         '{"vocab_size": -5}',
+        '{"row": 1}',
+        '{"row": true}',
+        '{"row": "9"}',
         '{"tokens": 5}',
         '{"tokens": {"train": "5"}}',
         '{"tokenizer": "gpt2"}',

@@ -93,6 +93,21 @@ def test_several_processes_do_what_one_does(tiny, train, processes, settings):
     assert_close_run(tiny / "one", tiny / "several")
 
 
+@pytest.mark.parametrize("settings", [{}, {"fsdp": True, **MUON}], ids=str)
+def test_several_processes_do_what_one_does_on_masked_rows(rows, train, settings):
+    """Where one process has more targets than the other: the mean is over all, not one of means."""
+    settings = {**PLAIN, "max_iters": 12, "eval_interval": 6, "eval_iters": 9, "batch_size": 1, **settings}
+    settings["gradient_accumulation_steps"] = 4
+    code, _, err = finish(torchrun(rows, {**settings, "out_dir": "several"}))
+    assert code == 0, err
+    assert train(**{**settings, "out_dir": "one", "fsdp": False}).code == 0
+    assert_close_run(rows / "one", rows / "several")
+    whole = {"batch_size": 4, "gradient_accumulation_steps": 1, "eval_iters": 3}
+    assert train(**{**settings, **whole, "out_dir": "whole", "fsdp": False}).code == 0
+    losses = [[r["loss"] for r in records(rows / name) if "iter" in r] for name in ("whole", "one")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
 def test_a_run_moves_between_one_process_and_several(tiny, train):
     """FSDP on two, then one process alone, then DDP on two, each from the last one's file."""
     settings = {**PLAIN, **MUON, "max_iters": 18, "eval_interval": 6}

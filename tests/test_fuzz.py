@@ -417,6 +417,7 @@ metas = st.fixed_dictionaries(
         "dtype": st.sampled_from(["uint16", "uint32", "int8"]) | json_values,
         "tokens": st.none() | st.fixed_dictionaries({"train": st.just(4) | json_values}) | json_values,
         "tokenizer": tokenizers | json_values,
+        "row": st.sampled_from([2, 3, 4]) | json_values,
         "more": json_values,
     },
 )
@@ -439,7 +440,7 @@ def read_meta(folder, name: str, content: bytes) -> dict | None:
         (folder / "train.bin").write_bytes(tokens.tobytes())
         split = answer(Split, folder, "train", meta, meta["vocab_size"])
         counted = (meta["tokens"] or {}).get("train", 4) == 4
-        assert (split is not None) == counted
+        assert (split is not None) == (counted and 4 % (meta["row"] or 1) == 0)
     return meta
 
 

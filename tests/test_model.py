@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import nanogpt
 import pytest
@@ -204,6 +205,138 @@ def test_chunked_loss_has_the_loss_and_gradients_of_the_plain_one(monkeypatch, a
     assert chunked == pytest.approx(plain, abs=2e-3 if autocast else 1e-6)
     for a, b in zip(plain_gradients, chunked_gradients, strict=True):
         torch.testing.assert_close(a, b, atol=2e-2 if autocast else 1e-6, rtol=5e-2 if autocast else 1e-4)
+
+
+def test_weights_and_divisor_by_hand(monkeypatch):
+    """Two tokens with probabilities 1/4 and 3/4: losses ln 4 and ln 4/3, gradients of logits weight · (p - 1 at it)."""
+    head = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])  # the logits of hidden [1, 0] are 0 and ln 3
+    hidden = torch.tensor([[1.0, 0.0]] * 5)
+    targets, weights = torch.tensor([0, 1, 0, -1, 1]), torch.tensor([2.0, -1.0, 0.0, 7.0, 0.5])
+    d_logits = torch.tensor([[-1.5, 1.5], [-0.25, 0.25], [0, 0], [0, 0], [0.125, -0.125]]) / 10
+    for chunk in (2**25, 4):
+        monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", chunk)
+        its = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss = model_module.cross_entropy(*its, targets, weights, 10)
+        assert loss.item() == pytest.approx((2 * math.log(4) - 0.5 * math.log(4 / 3)) / 10, abs=1e-6)
+        loss.backward()
+        torch.testing.assert_close(its[0].grad, d_logits @ head)
+        torch.testing.assert_close(its[1].grad, d_logits.T @ hidden)
+
+
+def weighted(*shape) -> torch.Tensor:
+    """A mask, and advantages of either sign."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.6)
+
+
+def gradients_of(model: GPT) -> list[torch.Tensor]:
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+WAYS = {
+    "all logits": {},
+    "in chunks": {"return_logits": False},
+    "divisor as a tensor": {"return_logits": False, "divisor": torch.tensor(17)},
+    "checkpointing": {"return_logits": False, "activation_checkpointing": True},
+    "bfloat16": {"return_logits": False, "dtype": torch.bfloat16},
+    "blocks compiled": {"return_logits": False, "compile": "blocks"},
+    "all compiled": {"compile": "all"},
+    "all compiled, in chunks": {"return_logits": False, "compile": "all"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("changes", [{}, QWEN3], ids=["gpt2", "qwen3"])
+def test_a_weighted_loss_is_the_sum_of_weighted_losses_of_torch_over_the_divisor(monkeypatch, way, changes):
+    settings = {"return_logits": True, "divisor": 17, "dtype": torch.float32, **WAYS[way]}
+    model, x, y, weights = make(**changes).train(), tokens(3, 32), tokens(3, 32, seed=2), weighted(3, 32)
+    if changes:
+        shaken(model)
+    y[0, 5:20] = -1
+    losses = F.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
+    expected = (losses * weights.flatten()).sum() / 17
+    expected.backward()
+    expected_gradients = gradients_of(model)
+
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", 1010)
+    model.activation_checkpointing = settings.get("activation_checkpointing", False)
+    network = model
+    if "compile" in settings:
+        if sys.platform != "linux":
+            pytest.skip("compiles on Linux only")
+        torch._dynamo.reset()
+        network = torch.compile(model) if settings["compile"] == "all" else model
+        for block in model.transformer.h if settings["compile"] == "blocks" else ():
+            block.compile()
+    half = settings["dtype"] == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = network(x, y, weights, settings["divisor"], settings["return_logits"])[1]
+    (loss * 3).backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=2e-2 if half else 2e-6)
+    for ours, theirs in zip(gradients_of(model), expected_gradients, strict=True):
+        torch.testing.assert_close(ours / 3, theirs, atol=2e-2 if half else 2e-6, rtol=5e-2 if half else 1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2**25, 1010])
+def test_the_split_of_a_weighted_batch_changes_neither_loss_nor_gradients(monkeypatch, chunk):
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", chunk)
+    model, x, y, weights = make().train(), tokens(8, 16), tokens(8, 16, seed=2), weighted(8, 16)
+    weights[2:4], weights[5] = 0, 1  # micro-batches of very different counts
+    divisor = int((weights != 0).sum())
+    found = []
+    for size in (8, 4, 2, 1):
+        losses = [
+            model(x[i : i + size], y[i : i + size], weights[i : i + size], divisor, False)[1] for i in range(0, 8, size)
+        ]
+        sum(losses).backward()
+        found.append((sum(losses).item(), gradients_of(model)))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-6)
+        for ours, theirs in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("masked", ["by weights", "by targets"])
+def test_a_micro_batch_without_targets_adds_exactly_nothing(monkeypatch, return_logits, masked):
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", 1010)
+    model, x, y = make().train(), tokens(3, 32), tokens(3, 32, seed=2)
+    nothing = (y, torch.zeros(3, 32)) if masked == "by weights" else (torch.full_like(y, -1), None)
+    for divisor in (5, None) if masked == "by weights" else (5,):
+        loss = model(x, *nothing, divisor, return_logits)[1]
+        loss.backward()
+        assert loss.item() == 0
+        gradients = gradients_of(model)
+        assert len(gradients) == len([*model.parameters()]) and not any(g.any() for g in gradients)
+
+
+def test_without_a_divisor_weights_are_divided_by_how_many_count():
+    model, x, y = make(), tokens(3, 32), tokens(3, 32, seed=2)
+    y[0, :7] = -1
+    weights = torch.ones(3, 32)
+    weights[0, :10] = weights[1] = 0
+    assert model(x, y, weights)[1].item() == pytest.approx(
+        model(x[[0, 2]], torch.stack((torch.where(weights[0] > 0, y[0], -1), y[2])))[1].item(), abs=1e-6
+    )
+    assert model(x, y, weights * -2)[1].item() == pytest.approx(-2 * model(x, y, weights)[1].item(), abs=1e-6)
+    assert torch.equal(model(x, y, weights.bool())[1], model(x, y, weights)[1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_weights_the_loss_is_torchs_mean_to_the_bit(autocast):
+    model, x, y = make(), tokens(3, 32), tokens(3, 32, seed=2)
+    y[0, 5:20] = -1
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, loss = model(x, y)
+        assert torch.equal(model(x, y, return_logits=False)[1], loss)
+    assert torch.equal(loss, F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1))
+
+
+def test_weights_are_one_a_target():
+    with pytest.raises(ValueError, match=r"weights are \(3, 1\), and targets \(3, 32\)"):
+        make()(tokens(3, 32), tokens(3, 32), torch.ones(3, 1))
 
 
 def test_an_evaluation_takes_no_gradients(monkeypatch):

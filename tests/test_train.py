@@ -119,8 +119,8 @@ def losses(monkeypatch):
     """Makes the evaluations of the following runs report these validation losses, in turn."""
     plain, queue, calls = model_module.GPT.forward, [], []
 
-    def forward(self, idx, targets=None, return_logits=True):
-        logits, loss = plain(self, idx, targets, return_logits)
+    def forward(self, *arguments, **keywords):
+        logits, loss = plain(self, *arguments, **keywords)
         if not self.training:  # an evaluation: train, then val, of one batch each
             calls.append(1)
             loss = torch.tensor(float(queue[(len(calls) - 1) // 2]))
@@ -670,3 +670,150 @@ def test_a_log_of_before_tokens_and_seconds_is_completed_by_a_resume(tiny, train
     completed = log_of(tiny / "out")[: len(whole)]
     for ours, theirs in zip(completed, whole, strict=True):
         assert ours["tokens"] == theirs["tokens"] and ours["seconds"] == pytest.approx(theirs["seconds"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks and rows
+
+
+def targets_of(folder, split: str, numbers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, targets and weights of the rows with these numbers, straight from the files of `rows`."""
+    tokens = np.fromfile(folder / f"{split}.bin", dtype="<u2").reshape(-1, 17)[numbers].astype(np.int64)
+    mask = np.fromfile(folder / f"{split}.mask", dtype=np.uint8).reshape(-1, 17)[numbers].astype(np.float32)
+    return torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:]), torch.from_numpy(mask[:, 1:])
+
+
+def order_of(folder, numbers, length: int = 17) -> np.ndarray:
+    size = (folder / "train.bin").stat().st_size // 2
+    return shards.training_starts(numbers, size, length - 1, 1337, length) // length
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_an_update_on_masked_rows_is_that_of_plain_torch(rows, train, accumulation):
+    """Four rows, one without any target, in one micro-batch or one each: the mean over all targets of the update."""
+    (rows / "out").mkdir()
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 33, "dropout": 0.0}
+    nanogpt.write(rows / "out" / "ckpt.pt", 9.0, iter_num=4, bias=False, **shape)
+    reference, optimizer, _ = nanogpt.read(rows / "out" / "ckpt.pt")
+    folder = rows / "data" / "tiny"
+    numbers = order_of(folder, np.arange(16, 20))
+    mask = np.fromfile(folder / "train.mask", dtype=np.uint8)
+    mask.reshape(-1, 17)[numbers[1]] = 0
+    mask.tofile(folder / "train.mask")
+    settings = {"learning_rate": 1e-3, "decay_lr": False, "dropout": 0.0, "max_iters": 5, "grad_clip": 0.0}
+    settings |= {"batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    assert train(init_from="resume", **settings).code == 0
+    x, y, weights = targets_of(folder, "train", numbers)
+    losses = torch.nn.functional.cross_entropy(reference(x).flatten(0, 1), y.flatten(), reduction="none")
+    loss = losses[weights.flatten() == 1].mean()
+    loss.backward()
+    optimizer.step()
+    assert records(rows / "out")[-2]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    ours = load(rows / "out" / "last.pt")["model"]
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_a_masked_run_learns_its_targets_alone_and_resumes_exactly(rows, train):
+    """The targets are every fourth token; what lies between is noise, which no model could learn."""
+    folder = rows / "data" / "tiny"
+    generator = np.random.default_rng(0)
+    for split, n_rows in (("train", 60), ("val", 10)):
+        tokens = generator.integers(1, 33, (n_rows, 17)).astype("<u2")
+        tokens[:, 3::4] = 0
+        tokens.tofile(folder / f"{split}.bin")
+        (tokens == 0).astype(np.uint8).tofile(folder / f"{split}.mask")
+    corpus_meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**corpus_meta, "tokens": {"train": 60 * 17, "val": 170}}))
+    settings = {"max_iters": 60, "eval_interval": 30, "eval_iters": 9, "lr_decay_iters": 60, "n_embd": 32}
+    assert train(out_dir="whole", **settings).code == 0
+    last = records(rows / "whole")[-1]
+    assert last["val_loss"] < 0.1 and last["train_loss"] < 0.1
+    assert load(rows / "whole" / "last.pt")["tokens_seen"] == 60 * 4 * 2 * 16
+    assert train(out_dir="cut", **{**settings, "max_iters": 30}).code == 0
+    assert train(out_dir="cut", init_from="resume", **settings).code == 0
+    assert_same_run(rows / "cut", rows / "whole")
+
+
+@pytest.mark.parametrize("eval_iters", [2, 1000])
+def test_masked_rows_are_evaluated_as_the_mean_over_their_targets(rows, train, run, eval_iters):
+    """And eval.py finds the same over the whole split, whose rows fill no whole number of batches."""
+    assert train(out_dir="out", max_iters=3, eval_interval=3, eval_iters=eval_iters).code == 0
+    network = checkpoint.build_model(checkpoint.load(rows / "out" / "last.pt")).eval()
+    found = records(rows / "out")[-1]
+    for split, n_rows in (("train", 170), ("val", 29)):
+        numbers = shards.evaluation_starts(n_rows * 17, 16, eval_iters * 4, 17) // 17
+        assert len(numbers) == min(n_rows, eval_iters * 4)
+        x, y, weights = targets_of(rows / "data" / "tiny", split, numbers)
+        losses = torch.nn.functional.cross_entropy(network(x, x)[0].flatten(0, 1), y.flatten(), reduction="none")
+        expected = losses[weights.flatten() == 1].mean().item()
+        assert found[f"{split}_loss"] == pytest.approx(expected, abs=1e-5)
+        if eval_iters == 1000:
+            result = run("eval.py", *flags(out_dir="out", split=split, device="cpu", batch_size=7))
+            record = json.loads(result.out.splitlines()[-1])
+            assert record["loss"] == pytest.approx(expected, abs=1e-5)
+            assert (record["tokens"], record["bytes"]) == (weights.sum(), weights.sum())
+            assert (record["windows"], record["block_size"], record["stride"]) == (n_rows, 16, 17)
+
+
+def test_a_mask_without_rows_moves_with_the_windows(rows, train):
+    """All ones are the run without a mask; a mask over one half trains on that half alone."""
+    folder = rows / "data" / "tiny"
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "row": None}))
+    size = {split: meta["tokens"][split] for split in ("train", "val")}
+    for split in size:
+        np.ones(size[split], dtype=np.uint8).tofile(folder / f"{split}.mask")
+    assert train(out_dir="ones", dropout=0.0).code == 0
+    for split in size:
+        (folder / f"{split}.mask").unlink()
+    assert train(out_dir="plain", dropout=0.0).code == 0
+    for ours, theirs in zip(records(rows / "ones"), records(rows / "plain"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_an_update_without_a_target_is_left_out_or_stops_the_run(rows, train):
+    folder = rows / "data" / "tiny"
+    numbers = order_of(folder, np.arange(16, 24))  # of the third update
+    mask = np.fromfile(folder / "train.mask", dtype=np.uint8)
+    mask.reshape(-1, 17)[numbers] = 0
+    mask.tofile(folder / "train.mask")
+    assert_user_error(train(), "no token of the update is a target at iteration 2")
+    result = train(skip_bad_updates=1)
+    assert result.code == 0 and result.err.count("no token of the update is a target at iteration 2; this up") == 1
+    state = load(rows / "out" / "last.pt")
+    assert state["iter_num"] == 10 and all(t.isfinite().all() for t in state["model"].values())
+    assert {int(its["step"]) for its in state["optimizer"]["state"].values()} == {9}
+
+
+WRONG_MASKS = {
+    "train.mask is of 5 tokens": ("train.mask", b"\1" * 5),
+    "neither 0 nor 1": ("val.mask", b"\1" * 29 * 16 + b"\3" * 29),
+    "leaves no target": ("train.mask", bytes(170 * 17)),
+    "train_9.bin has no tokens": ("train_9.mask", b"\1"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG_MASKS)
+def test_wrong_masks_and_rows_are_one_line(rows, train, words):
+    name, content = WRONG_MASKS[words]
+    (rows / "data" / "tiny" / name).write_bytes(content)
+    result = train()
+    assert_user_error(result, words)
+    assert result.err.count("\n") == 1 and not (rows / "out" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(("size", "words"), [(8, "need block_size 16 or more, not 8"), (32, "set block_size=16")])
+def test_a_new_model_has_the_context_of_its_rows(rows, train, size, words):
+    assert_user_error(train(block_size=size), words)
+
+
+def test_a_model_of_a_longer_context_may_train_on_rows(rows, train, run):
+    (rows / "old").mkdir()
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 33, "dropout": 0.0}
+    nanogpt.write(rows / "old" / "ckpt.pt", 9.0, iter_num=4, bias=False, **shape)
+    settings = {**TINY, "init_from": "old"}
+    del settings["block_size"]
+    assert run("train.py", *flags(**settings)).code == 0
+    state = load(rows / "out" / "last.pt")
+    assert state["model_args"]["block_size"] == 24 and state["tokens_seen"] == 10 * 4 * 2 * 16
