@@ -63,15 +63,9 @@ LEARNING_RATE, BETAS, WEIGHT_DECAY, MOMENTUM = 1e-4, (0.9, 0.95), 1e-2, 0.95
 
 def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings."""
-    rules = [
-        (globals()[k] >= 1, f"{k} must be at least 1, not {globals()[k]}") for k in ("batch_size", "rounds", "steps")
-    ]
+    rules = configurator.ranges(globals())
     rules += [(False, problem) for problem in our_config().problems()]
-    rules += [(optimizer in ("adamw", "muon"), f"optimizer must be adamw or muon, not {optimizer!r}")]
-    rules += [(0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}")]
     rules += [(mode in ("train", "decode"), f"mode must be train or decode, not {mode!r}")]
-    rules += [(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")]
-    rules += [(quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}")]
     rules += [(not nanogpt or (Path(nanogpt) / "model.py").is_file(), f"nanogpt={nanogpt}: no model.py is there")]
     rules += [(not quantize or mode == "decode", "quantize is for mode=decode")]
     looks = [lambda: machine.check_machine(device, dtype)]

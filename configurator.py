@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import errno
 import keyword
+import math
 import os
 import re
 import sys
@@ -27,6 +28,31 @@ import warnings
 from collections.abc import Callable, Sequence
 
 SETTING_TYPES = (int, float, bool, str)
+# What a setting of that name may be, in whichever script it stands.
+_COUNT = (lambda value: 0 < value < 2**31, "at least 1, and no giant")
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or a positive number")
+_POSITIVE = (lambda value: 0 < value < math.inf, "a positive number")
+_SHARE = (lambda value: 0 <= value < 1, "in [0, 1)")
+RANGES = {
+    **dict.fromkeys(
+        ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size"), _COUNT
+    ),
+    **dict.fromkeys(("num_samples", "max_new_tokens", "rounds", "steps"), _COUNT),
+    **dict.fromkeys(
+        ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr"), _NOT_NEGATIVE
+    ),
+    **dict.fromkeys(("token_budget", "target_val_loss", "patience", "skip_bad_updates"), _NOT_NEGATIVE),
+    **dict.fromkeys(("learning_rate", "embedding_lr", "head_lr"), _POSITIVE),
+    **dict.fromkeys(("beta1", "beta2", "muon_momentum"), _SHARE),
+    "muon_lr": (lambda value: 0 < value <= 1, "a positive number up to 1, the length of an orthogonal matrix's step"),
+    "decay_fraction": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "lora_rank": (lambda value: 0 <= value < 2**16, "0 (off) or a rank"),
+    "lora_alpha": (lambda value: 0 <= value < math.inf, "0 (twice the rank) or a positive number"),
+    "seed": (lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}"),
+    "optimizer": (lambda value: value in ("adamw", "muon"), "adamw or muon"),
+    "schedule": (lambda value: value in ("cosine", "wsd"), "cosine or wsd"),
+    "quantize": (lambda value: value in ("", "int8"), "int8, or empty"),
+}
 
 
 class UserError(Exception):
@@ -96,6 +122,15 @@ def check(rules: list[tuple[bool, str]], looks: Sequence[Callable[[], object]] =
             problems += error.problems
     if problems:
         raise UserError(*problems)
+
+
+def ranges(scope: dict) -> list[tuple[bool, str]]:
+    """For `check`: a rule for each setting in `scope` that RANGES knows."""
+    return [
+        (holds(scope[name]), f"{name} must be {what}, not {scope[name]!r}")
+        for name, (holds, what) in RANGES.items()
+        if name in scope
+    ]
 
 
 def settings_of(scope: dict) -> dict:

@@ -64,17 +64,17 @@ class Text(shards.Split):
 
 def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings, before anything is loaded."""
-    rules = [
+    rules = configurator.ranges(globals())
+    rules += [
         (
             stride >= 0 and not 0 < block_size < stride,
             f"stride must be from 1 to block_size, or 0 for block_size, not {stride}",
         ),
         (block_size >= 0, f"block_size must be at least 1, or 0 for the model's, not {block_size}"),
-        (1 <= batch_size < 2**31, f"batch_size must be at least 1, and no giant, not {batch_size}"),
         (not (dataset and source), "dataset and source both say what to measure on: give one of the two"),
         (dataset or source or init_from == "resume", f"init_from={init_from} needs a dataset, or a source"),
     ]
-    looks = [lambda: machine.check_machine(device, dtype), lambda: sources.check_source(init_from, out_dir)]
+    looks = [lambda: machine.check_machine(device, dtype), lambda: sources.check(init_from, out_dir)]
     if source:
         looks.append(read_source)
     elif dataset:

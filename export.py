@@ -65,7 +65,7 @@ def check_settings() -> None:
     if from_:
         looks.append(check_origin)
     else:
-        looks.append(lambda: sources.check_source(init_from, out_dir))
+        looks.append(lambda: sources.check(init_from, out_dir))
         looks.append(lambda: check_free(target()) if to in NAMES else None)
     configurator.check(rules, looks)
 

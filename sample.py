@@ -71,7 +71,7 @@ def check_settings() -> None:
     looks = [lambda: machine.check_machine(device, dtype), read_prompts]
     if quantize:
         looks.append(check_quantize)
-    looks.append(lambda: sources.check_source(init_from, out_dir))
+    looks.append(lambda: sources.check(init_from, out_dir))
     configurator.check(rules, looks)
 
 

@@ -82,10 +82,9 @@ skip_bad_updates = 0  # so many updates in a row without a finite loss and gradi
 _given = configurator.configure(globals())
 
 import contextlib
-import dataclasses
+import functools
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -95,67 +94,36 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, kernels, lora, machine, optim, ranks, run_folder, shards, sources
-from quartz.hf_layout import GPT2_MODELS
-from quartz.log import Log
-
-# Settings that a checkpoint decides.
-_ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "arch", "n_kv_head", "tie_embeddings")
-_PASSING = ("out_dir", "init_from", "eval_only", "device", "wandb_log", "wandb_run_name")  # may change at every resume
-ROUND_VOCABULARY_TO = 64  # GPT-2's 50257 rows become 50304: matrix products of even sizes are faster
+from quartz import checkpoint, kernels, lora, machine, optim, ranks, run_folder, shards, sources, update
+from quartz.log import Log, start_wandb
 
 
 def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings, before anything is loaded."""
-    values, world_size = globals(), int(os.environ.get("WORLD_SIZE", "1"))
-    at_least_one = ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size")
-    not_negative = ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr")
-    not_negative += ("token_budget", "target_val_loss", "patience", "skip_bad_updates")
-    rules = [
-        (0 < values[name] < 2**31, f"{name} must be at least 1, and no giant, not {values[name]}")
-        for name in at_least_one
-    ]
-    rules += [(0 <= values[k] < math.inf, f"{k} must be 0 or a positive number, not {values[k]}") for k in not_negative]
-    rules += [(0 <= values[name] < 1, f"{name} must be in [0, 1), not {values[name]}") for name in ("beta1", "beta2")]
+    rules = configurator.ranges(globals())
     rules += [(False, line) for line in model_config(1).problems()]
-    positive = ("learning_rate", "muon_lr", "embedding_lr", "head_lr")
-    rules += [(0 < values[k] < math.inf, f"{k} must be a positive number, not {values[k]}") for k in positive]
     rules += [
         (
             not (token_budget and "max_iters" in _given),
             "token_budget and max_iters both say how long to train: give one of the two",
         ),
-        (optimizer in ("adamw", "muon"), f"optimizer must be adamw or muon, not {optimizer!r}"),
-        (muon_lr <= 1, f"muon_lr is the length of a step relative to an orthogonal matrix, and {muon_lr} is no such"),
-        (0 <= muon_momentum < 1, f"muon_momentum must be in [0, 1), not {muon_momentum}"),
-        (schedule in ("cosine", "wsd"), f"schedule must be cosine or wsd, not {schedule!r}"),
-        (0 < decay_fraction <= 1, f"decay_fraction must be above 0 and at most 1, not {decay_fraction}"),
         (not fsdp or "RANK" in os.environ, "fsdp divides a model among processes: start them with torchrun"),
         (not fsdp or dtype != "float16", "fsdp has no gradient scaler: take dtype=bfloat16, or float32"),
         (fsdp or not sharded_checkpoint, "sharded_checkpoint is of runs with fsdp=True"),
-        (0 <= lora_rank < 2**16, f"lora_rank must be 0 (off) or a rank, not {lora_rank}"),
-        (0 <= lora_alpha < math.inf, f"lora_alpha must be 0 (twice the rank) or a positive number, not {lora_alpha}"),
         (not lora_rank or init_from != "scratch", "lora_rank adapts a model that exists: name one with init_from"),
         (not lora_rank or (optimizer == "adamw" and not fsdp), "lora_rank takes optimizer=adamw, and no fsdp"),
-        (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (
             not decay_lr or warmup_iters != lr_decay_iters,
             f"warmup_iters and lr_decay_iters are both {warmup_iters}, which leaves no update to decay in",
         ),
-        (
-            gradient_accumulation_steps % world_size == 0,
-            f"gradient_accumulation_steps ({gradient_accumulation_steps}) counts over all processes, and must be a "
-            f"multiple of their number ({world_size})",
-        ),
-        (
-            init_from in ("scratch", "resume", *GPT2_MODELS) or os.path.isdir(init_from.removeprefix("hf:")),
-            f"init_from={init_from} is not scratch, resume, {', '.join(GPT2_MODELS)}, nor a folder",
-        ),
     ]
-    looks = [lambda: shards.find(dataset), lambda: machine.check_machine(device, dtype)]
-    looks.append(lambda: optim.multipliers(lr_multipliers))
-    if init_from == "resume":
-        looks.append(lambda: run_folder.to_use(out_dir))
+    looks = [
+        lambda: ranks.check_share(gradient_accumulation_steps),
+        lambda: sources.check(init_from, out_dir, scratch=True),
+        lambda: shards.find(dataset),
+        lambda: machine.check_machine(device, dtype),
+        lambda: optim.multipliers(lr_multipliers),
+    ]
     if not eval_only and not (init_from == "resume" and not os.path.isdir(out_dir)):
         looks.append(lambda: run_folder.prepare_folder(out_dir))
     configurator.check(rules, looks)
@@ -164,6 +132,14 @@ def check_settings() -> None:
 def model_config(vocab_size: int) -> GPTConfig:
     qwen3 = {"arch": arch, "n_kv_head": n_kv_head, "tie_embeddings": tie_embeddings}
     return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, **qwen3)
+
+
+def load_model(begin: str, meta: dict) -> tuple[GPT, dict]:
+    """The model that `begin`, an init_from, asks for, and what else its checkpoint holds, {} where there is none."""
+    if begin == "scratch":
+        shards.check_row(meta["row"], block_size)
+        return GPT(model_config(shards.vocabulary_rows(meta))), {}
+    return sources.to_train(begin, configurator.settings_of(globals()), _given, meta["tokenizer"])
 
 
 def make_optimizer(model: GPT, place: torch.device, compute_dtype: torch.dtype) -> torch.optim.Optimizer:
@@ -177,72 +153,15 @@ def make_optimizer(model: GPT, place: torch.device, compute_dtype: torch.dtype) 
     return updater
 
 
-def load_model(meta: dict) -> tuple[GPT, dict]:
-    """The model that init_from asks for, on the CPU, and what else its checkpoint holds ({} where there is none)."""
-    state = {}
-    if init_from == "scratch":
-        vocab_size = meta["vocab_size"] or 50304
-        if meta["tokenizer"] and meta["tokenizer"]["type"] != "char":
-            vocab_size = math.ceil(vocab_size / ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO
-        if meta["row"] and meta["row"] <= block_size:
-            raise UserError(
-                f"the data set has rows of {meta['row']} tokens, which leave positions of block_size {block_size} "
-                f"untrained: set block_size={meta['row'] - 1}"
-            )
-        return GPT(model_config(vocab_size)), state
-    if init_from == "resume":
-        state = run_folder.load_furthest(out_dir)
-        source = str(state["path"])
-        print(f"Resuming training from {source} at iteration {state['iter_num']}")
-        model = checkpoint.build_model(state, dropout, keep_adapters=True)
-    else:
-        print(f"Initializing from {init_from} weights")
-        (model, tokenizer_data), source = sources.pretrained(init_from, dropout), init_from
-        state = {"tokenizer": tokenizer_data}
-    have = dataclasses.asdict(model.config)
-    problems = [
-        f"{name} is {have[name]} in {source}, and can't be {globals()[name]}: leave it out"
-        for name in _ARCHITECTURE[1:]
-        if name in _given and globals()[name] != have[name]
-    ]
-    if "block_size" in _given and block_size > have["block_size"]:
-        problems.append(f"block_size is {have['block_size']} in {source}, and can't grow to {block_size}")
-    if state.get("tokenizer") and meta["tokenizer"] and state["tokenizer"] != meta["tokenizer"]:
-        problems.append(f"{source} was trained with another tokenizer than that of data set {dataset!r}")
-    if state.get("model", {}) is None and "block_size" in _given and block_size < have["block_size"]:
-        problems.append(
-            f"block_size can't be lowered from {have['block_size']} in shards: make one file of {source} first"
-        )
-    if init_from == "resume":
-        global lora_rank, lora_alpha
-        theirs = state.get("lora") or {"rank": 0, "alpha": 0.0}
-        asked = {"rank": lora_rank, "alpha": lora_alpha}
-        for name, value in theirs.items():
-            if f"lora_{name}" in _given and asked[name] != value:
-                problems.append(f"lora_{name} is {value} in {source}: leave it out, or begin with init_from={out_dir}")
-        if theirs["rank"] and (optimizer != "adamw" or fsdp):
-            problems.append(f"{source} is a run with lora_rank, which takes optimizer=adamw, and no fsdp")
-        lora_rank, lora_alpha = theirs["rank"], float(theirs["alpha"])
-    if problems:
-        raise UserError(*problems)
-    if "block_size" in _given and block_size < have["block_size"]:
-        model.crop_block_size(block_size)
-    if lora_rank and init_from != "resume":
-        lora_alpha = lora_alpha or 2.0 * lora_rank
-        state["lora"] = {"rank": lora_rank, "alpha": lora_alpha}
-        lora.attach(model, **state["lora"])
-    return model, state
+def run_length(tokens_per_iter: int) -> tuple[int, int]:
+    """The updates in all, and the one at which min_lr is reached."""
+    if not token_budget:
+        return max_iters, lr_decay_iters
+    iters = math.ceil(token_budget / tokens_per_iter)
+    return iters, lr_decay_iters if "lr_decay_iters" in _given else iters
 
 
-def tell_changes(state: dict) -> None:
-    """Notes the settings that differ from those of the checkpoint, once all of them are settled."""
-    before = state.get("config", {})
-    for name, value in configurator.settings_of(globals()).items():
-        if name in before and name not in (*_ARCHITECTURE, *_PASSING) and before[name] != value:
-            print(f"note: {name} was {before[name]!r} in {state['path']}, and is {value!r} from here on")
-
-
-def get_lr(iteration: int) -> float:
+def get_lr(iteration: int, decay_iters: int) -> float:
     """Linear warm-up, then from learning_rate down to min_lr: along a cosine (Loshchilov and Hutter, 2017), or constant
     and at last along a line (Hu et al., 2024: warm-up, stable, decay).
     """
@@ -250,78 +169,99 @@ def get_lr(iteration: int) -> float:
         return learning_rate
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
-    if iteration > lr_decay_iters:
+    if iteration > decay_iters:
         return min_lr
     if schedule == "wsd":
-        left = (lr_decay_iters - iteration) / (decay_fraction * lr_decay_iters)
+        left = (decay_iters - iteration) / (decay_fraction * decay_iters)
         return min_lr + min(1.0, left) * (learning_rate - min_lr)
-    progress = (iteration - warmup_iters) / (lr_decay_iters - warmup_iters)
+    progress = (iteration - warmup_iters) / (decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-def start_wandb(config: dict):
-    import wandb
+def training_starts(split: shards.Split, nth: int, count: int, T: int) -> np.ndarray:
+    """Where the windows begin of `count` micro-batches from the run's nth on, all processes' counted."""
+    rows = np.arange(nth * batch_size, (nth + count) * batch_size)
+    return shards.training_starts(rows, len(split), T, seed, split.row)
 
-    try:
-        wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-        wandb_run.define_metric("*", step_metric="iter")  # what its charts are drawn against
-        return wandb_run
-    except (wandb.Error, OSError) as error:
-        raise UserError(
-            f"Weights & Biases did not start ({error}): log in, set WANDB_MODE=offline, or use --wandb_log=False"
-        ) from error
+
+def training_batch(split: shards.Split, nth: int, T: int, place: torch.device) -> list[torch.Tensor]:
+    return machine.send(split.batch(training_starts(split, nth, 1, T), T), place)
+
+
+def count_targets(split: shards.Split, iter_num: int, T: int) -> int | None:
+    """The targets of an update over all its micro-batches and ranks, by which their sum is divided.
+
+    The mask alone tells. None without weights, where each micro-batch has as many, and a mean of means will do.
+    """
+    if not split.is_weighted:
+        return None
+    first = iter_num * gradient_accumulation_steps
+    return split.count_targets(training_starts(split, first, gradient_accumulation_steps, T), T)
+
+
+@torch.no_grad()
+def estimate_loss(model: GPT, splits: dict, T: int, autocast, place, processes, signals) -> dict[str, float] | None:
+    """The mean loss over fixed windows of each split, shared out among the processes; None where told to stop."""
+    losses = {}
+    model.eval()
+    for name, split in splits.items():
+        parts, divisor = split.evaluation_batches(eval_iters, batch_size, T)
+        total = torch.zeros((), device=place)
+        for first in range(0, len(parts), processes.world_size):
+            if signals.count and processes.world_size == 1:
+                return None
+            # One for each process; where the last ones leave some over, these repeat one and do not count it
+            nth = first + processes.rank
+            batch = machine.send(split.batch(parts[min(nth, len(parts) - 1)], T), place)
+            with autocast:
+                loss = model(*batch, divisor=divisor, return_logits=False)[1]
+            total += loss * (nth < len(parts))
+        losses[name] = processes.sum(total).item() / (len(parts) if divisor is None else 1)
+    return losses
+
+
+def tell(model: GPT, tokens_per_iter: int, compute_dtype: torch.dtype, place: torch.device) -> None:
+    print(f"tokens per iteration will be: {tokens_per_iter:,}")
+    print(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    if len(trained) < len(list(model.parameters())):
+        print(f"of which are trained: {sum(trained) / 1e6:.3f}M")
+    print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
 
 
 def main() -> None:
-    global init_from
     check_settings()
     machine.keep_freed_memory()
     machine.set_deterministic(deterministic)
     processes, place = ranks.start_processes(device, backend)
     is_writing = processes.is_master and not eval_only
-    with (
-        ranks.lost_ranks_named(processes),
-        run_folder.claimed(out_dir) if is_writing else contextlib.nullcontext(),
-    ):
-        restarted = ranks.any_of(ranks.attempt() > 0, place)
-        if is_writing and not restarted:
-            run_folder.forget_launch(out_dir)
-        if restarted and init_from != "resume":
-            goes_on = is_writing and run_folder.is_of(out_dir, ranks.launch_id())
-            if ranks.any_of(goes_on, place):
-                init_from = "resume"
-        run(processes, place)
+    claim = run_folder.claimed(out_dir) if is_writing else contextlib.nullcontext()
+    with ranks.lost_ranks_named(processes), claim:
+        begin = run_folder.after_restart(out_dir, init_from, is_writing, place)
+        train(processes, place, begin)
         ranks.stop_processes()
 
 
-def run(processes: ranks.Processes, place: torch.device) -> None:
+def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
+    """A run, from `begin`, which is init_from or after a restart resume, to its end."""
     compute_dtype = machine.pick_dtype(dtype, place)
     autocast = machine.autocast(place, compute_dtype)
     alone, is_writing = processes.world_size == 1, processes.is_master and not eval_only
-    stopping = []  # signals that came in: the run ends at the next iteration's border, and at once on a second one
+    signals = update.Signals()
 
-    def stop(number, frame):
-        stopping.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
-    # Data, model, optimizer
+    # Data and model
     torch.manual_seed(seed)
     folder = shards.find(dataset)
     meta = shards.load_meta(folder)
-    raw_model, state = load_model(meta)
-    model_args = raw_model.config.to_args()
+    raw_model, state = load_model(begin, meta)
     T = shards.window_length(meta["row"], raw_model.config.block_size)
-    tokens_per_iter = gradient_accumulation_steps * batch_size * T
-    if token_budget:
-        global max_iters, lr_decay_iters
-        max_iters = math.ceil(token_budget / tokens_per_iter)
-        lr_decay_iters = lr_decay_iters if "lr_decay_iters" in _given else max_iters
-    tell_changes(state)
     splits = {name: shards.Split(folder, name, meta, raw_model.config.vocab_size) for name in ("train", "val")}
-    configurator.check([], [lambda split=split: split.check_length(T) for split in splits.values()])
+    configurator.check([], [functools.partial(split.check_length, T) for split in splits.values()])
+    tokens_per_iter = gradient_accumulation_steps * batch_size * T
+    iters, decay_iters = run_length(tokens_per_iter)
+    config = configurator.settings_of(globals()) | {"max_iters": iters, "lr_decay_iters": decay_iters}
+    config |= sources.settled(raw_model, state)
+    sources.tell_changes(config, state)
     kernels.install(raw_model)
     raw_model.activation_checkpointing = activation_checkpointing
     if compile:
@@ -330,227 +270,125 @@ def run(processes: ranks.Processes, place: torch.device) -> None:
         from quartz import sharding
 
         sharding.divide(raw_model, place)
-    else:
-        raw_model.to(place)
+    raw_model.to(place)
+    model = raw_model if alone or fsdp else ranks.replicated(raw_model, processes)
+
+    # Optimizer, and where the run stands
     updater = make_optimizer(raw_model, place, compute_dtype)
     peak_rates = [group["lr"] / learning_rate for group in updater.param_groups]  # of each group, over learning_rate
     scaler = torch.amp.GradScaler(place.type, enabled=compute_dtype == torch.float16)
-    if state.get("model", {}) is None:
-        from quartz import sharding
-
-        sharding.load(state, raw_model, updater)
-    elif "optimizer" in state:
-        checkpoint.load_optimizer(updater, state)
-    if state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
-    iter_num, tokens_seen = state.get("iter_num", 0), state.get("tokens_seen", 0)
-    best_val_loss, evaluated = state.get("best_val_loss", math.inf), state.get("evaluated", False)
-    without_better = state.get("without_better", 0)  # evaluations in a row
-    tokenizer_data, adapted = state.get("tokenizer") or meta["tokenizer"], state.get("lora")
-    base = lora.fingerprint(raw_model.state_dict()) if adapted and is_writing else ""  # which never changes
-    config = configurator.settings_of(globals()) | {name: getattr(raw_model.config, name) for name in _ARCHITECTURE}
+    checkpoint.restore(raw_model, updater, scaler, state)
+    progress = checkpoint.Progress.of(state)
+    plain = {"model_args": raw_model.config.to_args(), "config": config}
+    plain["tokenizer"] = state.get("tokenizer") or meta["tokenizer"]
+    adapted = state.get("lora")
     del state
-    model = raw_model
-    if not alone and not fsdp:
-        model = torch.nn.parallel.DistributedDataParallel(
-            raw_model, device_ids=[processes.local_rank] if place.type == "cuda" else None
-        )
-    micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
-    peak = machine.peak_flops(place, compute_dtype)
-
-    def batch_at(split: shards.Split, starts: np.ndarray) -> list[torch.Tensor]:
-        """Inputs and targets (B, T), and the targets' weights where the data set has some."""
-        batch = [*split.windows(starts, T)]
-        if split.is_weighted:
-            batch.append(split.weights(starts, T))
-        if place.type == "cuda":  # from pinned memory the copy runs while the GPU computes
-            batch = [tensor.pin_memory() for tensor in batch]
-        return [tensor.to(place, non_blocking=True) for tensor in batch]
-
-    def training_starts(nth: int, count: int = 1) -> np.ndarray:
-        """Where the windows begin of `count` micro-batches from the run's nth, all processes' counted."""
-        rows = np.arange(nth * batch_size, (nth + count) * batch_size)
-        return shards.training_starts(rows, len(splits["train"]), T, seed, splits["train"].row)
-
-    def training_batch(nth: int) -> list[torch.Tensor]:
-        return batch_at(splits["train"], training_starts(nth))
-
-    def loss_of(network: torch.nn.Module, batch: list[torch.Tensor], divisor: float | None) -> torch.Tensor:
-        with autocast:
-            return network(*batch, divisor=divisor, return_logits=False)[1]
-
-    @torch.no_grad()
-    def estimate_loss() -> dict[str, float] | None:
-        """The mean loss over fixed windows of each split, shared out among the processes; None where told to stop."""
-        losses = {}
-        raw_model.eval()
-        for name, split in splits.items():
-            batches = min(eval_iters, math.ceil((len(split) - 1) / (batch_size * T)))
-            starts = shards.evaluation_starts(len(split), T, batches * batch_size, split.row)
-            parts = [starts[first : first + batch_size] for first in range(0, len(starts), batch_size)]
-            batches, divisor = len(parts), split.count_targets(starts, T) if split.is_weighted else None
-            if divisor == 0:
-                raise UserError(f"no token of {split.name} that is evaluated is a target: raise eval_iters")
-            total = torch.zeros((), device=place)
-            for first in range(0, batches, processes.world_size):
-                if stopping and alone:
-                    return None
-                # One for each process; where the last ones leave some over, these repeat one and do not count it
-                nth = first + processes.rank
-                batch = batch_at(split, parts[min(nth, batches - 1)])
-                total += loss_of(raw_model, batch, divisor) * (nth < batches)
-            losses[name] = processes.sum(total).item() / (1 if split.is_weighted else batches)
-        return losses
-
-    def save(*names: str) -> None:
-        contents = {
-            "model_args": model_args,
-            "iter_num": iter_num,
-            "best_val_loss": best_val_loss,
-            "config": config,
-            "tokenizer": tokenizer_data,
-            "scaler": scaler.state_dict(),
-            "tokens_seen": tokens_seen,
-            "evaluated": evaluated,
-            "without_better": without_better,
-            "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
-        }
-        if sharded_checkpoint:
-            for name in names:
-                path = (Path(out_dir) / name).with_suffix(".dcp")
-                checkpoint.save_shards(path, contents, raw_model, updater, is_writing)
-            return
-        contents["model"] = ranks.gather(raw_model.state_dict(), processes)
-        if adapted:
-            contents["lora"] = adapted
-            if is_writing and run_folder.BEST in names:  # what there is to pass on
-                by_itself = {"model": lora.adapters(contents["model"]), "model_args": model_args, "lora": adapted}
-                checkpoint.save(Path(out_dir) / run_folder.ADAPTER, {**by_itself, "base": base})
-        contents["optimizer"] = ranks.gather(updater.state_dict(), processes)
-        for name in names if is_writing else ():
-            checkpoint.save(Path(out_dir) / name, contents)
-            checkpoint.drop_other_forms(Path(out_dir) / name)
-
-    wandb_run = start_wandb(config) if is_writing and wandb_log else None
+    save = functools.partial(
+        run_folder.save, out_dir, plain, raw_model, updater, scaler, processes,
+        is_writing=is_writing, in_shards=sharded_checkpoint, adapted=adapted,
+        base=lora.fingerprint(raw_model.state_dict()) if adapted and is_writing else "",  # which never changes
+    )  # fmt: skip
+    wandb_run = start_wandb(wandb_project, wandb_run_name, config) if is_writing and wandb_log else None
     # Up to here anything may fail, and nothing has been written
-    if stopping and alone:
+    if signals.count and alone:
         return
     if is_writing:
-        if init_from != "resume":
-            run_folder.set_aside(Path(out_dir))
-        if "RANK" in os.environ:
-            run_folder.began(out_dir, ranks.launch_id())
+        run_folder.begin(out_dir, is_new=begin != "resume")
     if processes.is_master:
-        print(f"tokens per iteration will be: {tokens_per_iter:,}")
-        print(f"number of parameters: {raw_model.get_num_params() / 1e6:.2f}M")
-        if adapted:
-            print(
-                f"of which are trained: {sum(p.numel() for p in raw_model.parameters() if p.requires_grad) / 1e6:.3f}M"
-            )
-        print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
-    log = Log(Path(out_dir) if is_writing else None, iter_num, evaluated, max_iters, wandb_run)
-    nth = iter_num * gradient_accumulation_steps + processes.rank  # the micro-batch that comes next
-    batch = None if eval_only else training_batch(nth)
+        tell(raw_model, tokens_per_iter, compute_dtype, place)
+    log = Log(Path(out_dir) if is_writing else None, progress.iter_num, progress.evaluated, iters, wandb_run)
+    micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
+    nth = progress.iter_num * gradient_accumulation_steps + processes.rank  # the micro-batch that comes next
+    batch = None if eval_only else training_batch(splits["train"], nth, T, place)
+    peak = machine.peak_flops(place, compute_dtype)
     seconds = log.seconds  # in updates, since the run began
     told, timed = seconds, 0  # the seconds at the last log line, and the updates since
+    stops, skipped = 0, 0  # signals that all ranks know of, since several have to stop together; faults in a row
     held = f"what {out_dir} holds is from before: resume it with a lower learning_rate"
-    stops = 0.0  # of how many signals all processes know: several have to stop together
-    skipped = 0  # updates in a row
+
     while True:
-        if eval_only or (not evaluated and (iter_num % eval_interval == 0 or iter_num >= max_iters)):
-            losses = estimate_loss()
+        # Evaluate, and save
+        iter_num = progress.iter_num
+        if eval_only or (not progress.evaluated and (iter_num % eval_interval == 0 or iter_num >= iters)):
+            losses = estimate_loss(raw_model, splits, T, autocast, place, processes, signals)
             if losses is not None:
                 if not eval_only and not all(map(math.isfinite, losses.values())):
                     raise UserError(f"an evaluated loss is {losses} at iteration {iter_num}: the run diverged; {held}")
-                improved = losses["val"] < best_val_loss
-                best_val_loss, evaluated = min(best_val_loss, losses["val"]), True
-                without_better = 0 if improved else without_better + 1
+                is_better = progress.evaluate(losses["val"])
                 if processes.is_master:
-                    log.evaluation(iter_num, losses, get_lr(iter_num), tokens_seen, seconds)
+                    log.evaluation(iter_num, losses, get_lr(iter_num, decay_iters), progress.tokens_seen, seconds)
                 if not eval_only:
                     if is_writing:
                         print(f"saving checkpoint to {out_dir}")
-                    is_best = iter_num > 0 and (improved or always_save_checkpoint)
-                    save(*([run_folder.BEST] if is_best else []), run_folder.LAST)
+                    is_best = iter_num > 0 and (is_better or always_save_checkpoint)
+                    save(progress, [*([run_folder.BEST] if is_best else []), run_folder.LAST])
                     log.draw()
-        if evaluated and iter_num and (best_val_loss <= target_val_loss or 0 < patience <= without_better):
+
+        # The end, or on
+        if (
+            progress.evaluated
+            and iter_num
+            and (progress.best_val_loss <= target_val_loss or 0 < patience <= progress.without_better)
+        ):
             if processes.is_master:
-                print(f"stopping early: the best validation loss is {best_val_loss:.4f}")
+                print(f"stopping early: the best validation loss is {progress.best_val_loss:.4f}")
             break
-        if iter_num >= max_iters or eval_only or stops or (stopping and alone):
+        if iter_num >= iters or eval_only or stops or (signals.count and alone):
             break
 
-        # One update: its data and its dropout depend on the seed, iter_num and the rank, and on no history
+        # Batch: data and dropout depend on the seed, iter_num and the rank, and on no history
         began = time.perf_counter()
         raw_model.train()
         if raw_model.config.dropout:
             torch.manual_seed(shards.mix(seed, iter_num, processes.rank))
-        lr = get_lr(iter_num)
-        for group, rate in zip(updater.param_groups, peak_rates, strict=True):
-            group["lr"] = lr * rate
-            if "momentum" in group:
-                group["momentum"] = optim.momentum_at(iter_num, muon_momentum)
-        # With weights, the sum over all targets of the update is divided by their number, which the mask alone tells,
-        # over that of processes, since gradients become their mean
-        targets = divisor = None
-        if splits["train"].is_weighted:
-            first = iter_num * gradient_accumulation_steps
-            targets = splits["train"].count_targets(training_starts(first, gradient_accumulation_steps), T)
-            divisor = targets / processes.world_size
-        # The mean loss of all micro-batches, the signals that came in, and for each rank whether its loss is no number
-        loss = torch.zeros(2 + processes.world_size, device=place)
+        lr = get_lr(iter_num, decay_iters)
+        optim.set_rates(updater, [lr * rate for rate in peak_rates], optim.momentum_at(iter_num, muon_momentum))
+        targets = count_targets(splits["train"], iter_num, T)
+
+        # Loss and backward. Gradients become their mean over the processes, so a sum of theirs is divided by a share
+        loss = torch.zeros((), device=place)
         for micro_step in range(micro_steps):
             if not alone:  # gradients travel once an update
                 ranks.set_gradient_sync(model, micro_step == micro_steps - 1)
-            micro_loss = loss_of(model, batch, divisor)
-            if divisor is None:
+            with autocast:
+                divisor = None if targets is None else targets / processes.world_size
+                micro_loss = model(*batch, divisor=divisor, return_logits=False)[1]
+            if targets is None:  # the mean of means
                 micro_loss = micro_loss / micro_steps
             nth += processes.world_size
-            if micro_step + 1 < micro_steps or iter_num + 1 < max_iters:
-                batch = training_batch(nth)  # while a GPU computes
+            if micro_step + 1 < micro_steps or iter_num + 1 < iters:
+                batch = training_batch(splits["train"], nth, T, place)  # while a GPU computes
             scaler.scale(micro_loss).backward()
-            loss[0] += micro_loss.detach()
-        scaler.unscale_(updater)
-        grad_norm = ranks.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
-        loss[1], loss[2 + processes.rank] = len(stopping), ~loss[0].isfinite()
-        # The one place in an update that waits for the GPU
-        mean_loss, stops, *bad, grad_norm = torch.cat((processes.sum(loss), grad_norm.reshape(1))).tolist()
-        mean_loss, bad_ranks = mean_loss / processes.world_size, [rank for rank, is_bad in enumerate(bad) if is_bad]
-        fault = f"the loss of rank {', '.join(map(str, bad_ranks))} is not finite" if bad_ranks else ""
-        if targets == 0:
-            fault = "no token of the update is a target"
-        if not fault and not scaler.is_enabled() and not math.isfinite(grad_norm):  # a scaler does this for itself
-            fault = f"the gradient's norm is {grad_norm}"
-        skipped = skipped + 1 if fault else 0
+            loss += micro_loss.detach()
+
+        # Agree, and step
+        fault = "no token of the update is a target" if targets == 0 else ""
+        ended = update.end(updater, scaler, raw_model.parameters(), loss, grad_clip, signals, processes, fault)
+        stops, skipped = ended.stops, skipped + 1 if ended.fault else 0
         if skipped > skip_bad_updates:
-            raise UserError(
-                f"{fault} at iteration {iter_num}: the run stopped before that update; {held}, or with skip_bad_updates"
-            )
-        if fault:
-            print(f"warning: {fault} at iteration {iter_num}; this update is left out", file=sys.stderr)
-        else:
-            scaler.step(updater)
-        scaler.update()  # after a fault too: it lowers the scale, and forgets that it has unscaled
-        updater.zero_grad(set_to_none=True)
-        tokens_seen += tokens_per_iter
+            told_fault = f"{ended.fault} at iteration {iter_num}: the run stopped before that update"
+            raise UserError(f"{told_fault}; {held}, or with skip_bad_updates")
+        if ended.fault:
+            print(f"warning: {ended.fault} at iteration {iter_num}; this update is left out", file=sys.stderr)
+        progress.update(tokens_per_iter)
+
+        # Log
         seconds += time.perf_counter() - began
         timed += 1
-
         if iter_num % log_interval == 0:
             each = (seconds - told) / timed  # seconds of an update
             sequences = gradient_accumulation_steps * batch_size / processes.world_size  # of this device
             mfu = raw_model.estimate_mfu(sequences, each, peak) if peak else None
             if processes.is_master:
                 speed = (each * 1000, tokens_per_iter / each)
-                log.iteration(iter_num, mean_loss, lr, grad_norm, *speed, mfu, tokens_seen, seconds)
+                log.iteration(iter_num, ended.loss, lr, ended.grad_norm, *speed, mfu, progress.tokens_seen, seconds)
             told, timed = seconds, 0
-        iter_num, evaluated = iter_num + 1, False
         log.bar.update()
 
-    if (stops if not alone else stopping) and not eval_only and not evaluated:
+    if (stops if not alone else signals.count) and not eval_only and not progress.evaluated:
         if is_writing:
-            print(f"stopped by a signal after {iter_num} iterations, saving checkpoint to {out_dir}")
-        save(run_folder.LAST)
+            print(f"stopped by a signal after {progress.iter_num} iterations, saving checkpoint to {out_dir}")
+        save(progress, [run_folder.LAST])
     log.close()
 
 

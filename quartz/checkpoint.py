@@ -24,6 +24,32 @@ from quartz.hf_layout import CAUSAL_MASKS
 from quartz.optim import moment_names
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a run is. A checkpoint holds each field under its name."""
+
+    iter_num: int = 0  # updates made
+    tokens_seen: int = 0
+    best_val_loss: float = math.inf
+    evaluated: bool = False  # whether at this iter_num
+    without_better: int = 0  # evaluations in a row
+
+    @classmethod
+    def of(cls, state: dict) -> "Progress":
+        return cls(**{f.name: state.get(f.name, f.default) for f in dataclasses.fields(cls)})
+
+    def evaluate(self, val_loss: float) -> bool:
+        """Notes an evaluation; returns whether it is the best so far."""
+        is_better = val_loss < self.best_val_loss
+        self.best_val_loss, self.evaluated = min(self.best_val_loss, val_loss), True
+        self.without_better = 0 if is_better else self.without_better + 1
+        return is_better
+
+    def update(self, tokens: int) -> None:
+        """Notes an update."""
+        self.iter_num, self.tokens_seen, self.evaluated = self.iter_num + 1, self.tokens_seen + tokens, False
+
+
 def save(path: Path, state: dict) -> None:
     """Writes `state` to `path` so that the path holds the old file or the new one, never a part.
 
@@ -165,6 +191,18 @@ def _config(model_args: dict, dropout: float) -> GPTConfig:
         if type(args[field.name]) is not field.type:
             raise ValueError(f"{field.name} is no {field.type.__name__}")
     return GPTConfig(**args)
+
+
+def restore(model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: dict) -> None:
+    """Gives optimizer and scaler what a loaded checkpoint holds of them; from shards, the model its weights too."""
+    if state.get("model", {}) is None:
+        from quartz import sharding
+
+        sharding.load(state, model, optimizer)
+    elif "optimizer" in state:
+        load_optimizer(optimizer, state)
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:

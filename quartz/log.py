@@ -23,6 +23,20 @@ DRAWING_SHARE = 0.01  # of the time between two drawings, before the end of a ru
 FIRST_DRAWING = 1.0  # seconds that it is expected to take: it imports matplotlib
 
 
+def start_wandb(project: str, name: str, config: dict):
+    """A run of Weights & Biases. Raises UserError where it does not start."""
+    import wandb
+
+    try:
+        wandb_run = wandb.init(project=project, name=name, config=config)
+        wandb_run.define_metric("*", step_metric="iter")  # what its charts are drawn against
+        return wandb_run
+    except (wandb.Error, OSError) as error:
+        raise UserError(
+            f"Weights & Biases did not start ({error}): log in, set WANDB_MODE=offline, or use --wandb_log=False"
+        ) from error
+
+
 class Log:
     """The reports of one run, which may have been resumed."""
 

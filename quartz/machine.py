@@ -102,6 +102,13 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, f"_is_{part}_supported", bool)() for part in ("avx512_bf16", "amx_tile"))
 
 
+def send(batch: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The batch on the device; to a GPU from pinned memory, so that the copy runs while it computes."""
+    if device.type == "cuda":
+        batch = [tensor.pin_memory() for tensor in batch]
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Matrix products in `dtype`, weights and sums in float32; nothing at all for float32."""
     if dtype == torch.float32:

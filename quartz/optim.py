@@ -26,6 +26,14 @@ def momentum_at(iteration: int, highest: float) -> float:
     return first + (highest - first) * min(1.0, iteration / MOMENTUM_WARMUP)
 
 
+def set_rates(updater: torch.optim.Optimizer, rates: list[float], momentum: float) -> None:
+    """Gives each group its rate, and those that have one the momentum."""
+    for group, rate in zip(updater.param_groups, rates, strict=True):
+        group["lr"] = rate
+        if "momentum" in group:
+            group["momentum"] = momentum
+
+
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """Nearly orthogonalises a batch of matrices (n, rows, columns), rows <= columns: U S V' becomes about U V'."""
     a, b, c = QUINTIC

@@ -60,6 +60,22 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
     return processes, found
 
 
+def check_share(gradient_accumulation_steps: int) -> None:
+    """Raises UserError where the micro-batches of an update can't be shared out evenly."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if gradient_accumulation_steps % world_size:
+        raise UserError(
+            f"gradient_accumulation_steps ({gradient_accumulation_steps}) counts over all processes, and must be a "
+            f"multiple of their number ({world_size})"
+        )
+
+
+def replicated(model: torch.nn.Module, processes: Processes) -> torch.nn.Module:
+    """The model for several processes that each hold all of it: gradients become their mean (DDP)."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return torch.nn.parallel.DistributedDataParallel(model, [processes.local_rank] if on_gpu else None)
+
+
 def set_gradient_sync(model: torch.nn.Module, wanted: bool) -> None:
     """Whether the next backward passes exchange gradients among the processes."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's

@@ -5,6 +5,7 @@ always_save_checkpoint); `last.pt` is where a run goes on. Either may be a folde
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
@@ -13,9 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from configurator import UserError
-from quartz import files
-from quartz.checkpoint import forms, load
+from model import GPT
+from quartz import checkpoint, files, lora, ranks
+from quartz.checkpoint import Progress, drop_other_forms, forms, load, save_shards
 from quartz.curves import LOG, PICTURE
 
 BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"
@@ -44,22 +48,67 @@ def prepare_folder(out_dir: str) -> None:
         raise UserError(f"out_dir {out_dir!r} can't be written: {getattr(error, 'strerror', None) or error}") from error
 
 
-def began(out_dir: str, launch: str) -> None:
-    """Notes in out_dir which launch its run belongs to; torchrun's restarts of it find that by `is_of`."""
-    (Path(out_dir) / LAUNCH).write_text(launch, encoding="utf-8")
+def after_restart(out_dir: str, init_from: str, is_writing: bool, place: torch.device) -> str:
+    """What a run begins from: init_from, or resume where torchrun has restarted it. All ranks have to call it.
+
+    Its note in out_dir tells the checkpoint of an earlier attempt from that of an earlier run.
+    """
+    note = Path(out_dir) / LAUNCH
+    restarted = ranks.any_of(ranks.attempt() > 0, place)
+    if is_writing and not restarted:  # what an earlier launch of the same name left is not its own
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
+    if not restarted or init_from == "resume":
+        return init_from
+    is_ours = is_writing and note.is_file() and note.read_text(encoding="utf-8") == ranks.launch_id()
+    goes_on = is_ours and any((Path(out_dir) / form).exists() for form in forms(LAST))
+    return "resume" if ranks.any_of(goes_on, place) else init_from
 
 
-def forget_launch(out_dir: str) -> None:
-    """Before a launch that is no restart: what an earlier one of the same name left is not its own."""
-    with contextlib.suppress(OSError):
-        (Path(out_dir) / LAUNCH).unlink(missing_ok=True)
+def begin(out_dir: str, is_new: bool) -> None:
+    """Readies out_dir for a run that is about to write: a new one moves an earlier one's files aside."""
+    if is_new:
+        set_aside(Path(out_dir))
+    if "RANK" in os.environ:
+        (Path(out_dir) / LAUNCH).write_text(ranks.launch_id(), encoding="utf-8")
 
 
-def is_of(out_dir: str, launch: str) -> bool:
-    """Whether out_dir holds a checkpoint of a run that this launch began."""
-    path = Path(out_dir) / LAUNCH
-    begun = any((Path(out_dir) / form).exists() for form in forms(LAST))
-    return begun and path.is_file() and path.read_text(encoding="utf-8") == launch
+def save(
+    out_dir: str,
+    plain: dict,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    processes: ranks.Processes,
+    progress: Progress,
+    names: list[str],
+    is_writing: bool = True,
+    in_shards: bool = False,
+    adapted: dict | None = None,
+    base: str = "",
+) -> None:
+    """Saves the run under each of the names, BEST or LAST. All ranks have to call it; one writes, all with in_shards.
+
+    plain: what stays the same through the run. adapted: the rank and alpha of adapters, which get a file of their own,
+    and base, the fingerprint of the weights beside them.
+    """
+    versions = {"torch": str(torch.__version__), "python": sys.version.split()[0]}
+    contents = {**plain, **dataclasses.asdict(progress), "scaler": scaler.state_dict(), "versions": versions}
+    paths = [Path(out_dir) / name for name in names]
+    if in_shards:
+        for path in paths:
+            save_shards(path.with_suffix(".dcp"), contents, model, optimizer, is_writing)
+        return
+    contents["model"] = ranks.gather(model.state_dict(), processes)
+    if adapted:
+        contents["lora"] = adapted
+        if is_writing and BEST in names:  # what there is to pass on
+            by_itself = {"model": lora.adapters(contents["model"]), "model_args": plain["model_args"], "lora": adapted}
+            checkpoint.save(Path(out_dir) / ADAPTER, {**by_itself, "base": base})
+    contents["optimizer"] = ranks.gather(optimizer.state_dict(), processes)
+    for path in paths if is_writing else ():
+        checkpoint.save(path, contents)
+        drop_other_forms(path)
 
 
 def set_aside(out_dir: Path) -> None:

@@ -15,6 +15,7 @@ The batches are a pure function: row r of iteration i depends on (seed, i, r) an
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from quartz import untrusted
 from quartz.tokenizer import GPT2Tokenizer, check_data
 
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
+GPT2_ROWS, ROUND_VOCABULARY_TO = 50304, 64  # products of even sizes are faster; GPT-2's 50257 rows become 50304
 SCAN_TOKENS = 2**26  # of a split, looked at before a run starts; every batch is checked as it is read
 _MASK = 2**64 - 1
 
@@ -124,6 +126,23 @@ def window_length(row: int | None, block_size: int) -> int:
     return row - 1 if row else block_size
 
 
+def check_row(row: int | None, block_size: int) -> None:
+    """Raises UserError where rows leave positions of a new model's context untrained."""
+    if row and row <= block_size:
+        raise UserError(
+            f"the data set has rows of {row} tokens, which leave positions of block_size {block_size} untrained: set "
+            f"block_size={row - 1}"
+        )
+
+
+def vocabulary_rows(meta: dict) -> int:
+    """The rows of a new model's embedding for this data set: of a BPE a multiple of ROUND_VOCABULARY_TO."""
+    rows = meta["vocab_size"] or GPT2_ROWS
+    if meta["tokenizer"] and meta["tokenizer"]["type"] != "char":
+        rows = -(-rows // ROUND_VOCABULARY_TO) * ROUND_VOCABULARY_TO
+    return rows
+
+
 class Split:
     """The tokens of one split, and the mask over them, memory-mapped, as one row of tokens over all its shards."""
 
@@ -166,6 +185,22 @@ class Split:
         self._check_ids(tokens)
         tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def batch(self, starts: np.ndarray, block_size: int) -> list[torch.Tensor]:
+        """What GPT.forward takes of these windows: inputs and targets, and where targets have weights, those (B, T)."""
+        batch = [*self.windows(starts, block_size)]
+        return [*batch, self.weights(starts, block_size)] if self.is_weighted else batch
+
+    def evaluation_batches(self, most: int, batch_size: int, block_size: int) -> tuple[list[np.ndarray], int | None]:
+        """The starts of up to `most` micro-batches, spread evenly and the same each time; and what the sum of their
+        losses is divided by, which is None where their mean is taken. Raises UserError where none holds a target.
+        """
+        batches = min(most, math.ceil((len(self) - 1) / (batch_size * block_size)))
+        starts = evaluation_starts(len(self), block_size, batches * batch_size, self.row)
+        divisor = self.count_targets(starts, block_size) if self.is_weighted else None
+        if divisor == 0:
+            raise UserError(f"no token of {self.name} that is evaluated is a target: raise eval_iters")
+        return [starts[first : first + batch_size] for first in range(0, len(starts), batch_size)], divisor
 
     def weights(self, starts: np.ndarray, block_size: int) -> torch.Tensor:
         """What the targets of these windows count, (B, T) float32: 1, or 0 where the mask has 0."""

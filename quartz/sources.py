@@ -3,6 +3,7 @@
 Read it to see where a model can come from: a run's folder, Hugging Face's layout, or GPT-2 on the hub.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from model import GPT
 from quartz import hf_folder, lora, run_folder, shards, tokenizer
 from quartz.checkpoint import build_model, load
 from quartz.hf_layout import GPT2_MODELS
+
+# Settings of train.py that a checkpoint decides, and those that may change at every resume
+ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "arch", "n_kv_head", "tie_embeddings")
+PASSING = ("out_dir", "init_from", "eval_only", "device", "wandb_log", "wandb_run_name")
 
 
 def pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
@@ -41,12 +46,16 @@ def _tokenizer_of(state: dict) -> dict | None:
     return state.get("tokenizer") or shards.tokenizer_of(name, state["model_args"]["vocab_size"])
 
 
-def check_source(init_from: str, out_dir: str) -> None:
-    """Raises UserError where init_from is neither resume, with a checkpoint in out_dir, nor a GPT-2 or a folder."""
+def check(init_from: str, out_dir: str, scratch: bool = False) -> None:
+    """Raises UserError where init_from names nothing: neither a checkpoint in out_dir (resume), nor a GPT-2 of the hub,
+    nor a folder; nor, with `scratch`, which train.py takes, that.
+    """
     if init_from == "resume":
         run_folder.to_use(out_dir)
-    elif init_from not in GPT2_MODELS and not os.path.isdir(init_from.removeprefix("hf:")):
-        raise UserError(f"init_from={init_from} is not resume, {', '.join(GPT2_MODELS)}, nor a folder")
+        return
+    words = ("scratch", "resume") if scratch else ("resume",)
+    if init_from not in (*words, *GPT2_MODELS) and not os.path.isdir(init_from.removeprefix("hf:")):
+        raise UserError(f"init_from={init_from} is not {', '.join((*words, *GPT2_MODELS))}, nor a folder")
 
 
 def model_and_tokenizer(init_from: str, out_dir: str, adapter: str = "") -> tuple[GPT, dict | None, dict]:
@@ -86,3 +95,66 @@ def merge_adapter(model: GPT, path: Path) -> None:
     if left.unexpected_keys or any(name.endswith(lora.PARTS) for name in left.missing_keys):
         raise UserError(f"{path} does not fit this model: it has adapters for other layers")
     lora.merge(model)
+
+
+def to_train(init_from: str, settings: dict, given: set[str], tokenizer_data: dict | None) -> tuple[GPT, dict]:
+    """The model that a run goes on with, on the CPU, adapters and all, and what else its checkpoint holds.
+
+    settings: train.py's, and the names of those that were asked for; tokenizer_data: the data set's. Raises one
+    UserError with all that was asked for and that this model can't be.
+    """
+    out_dir, asked = settings["out_dir"], {name: settings[name] for name in given}
+    if init_from == "resume":
+        state = run_folder.load_furthest(out_dir)
+        source = str(state["path"])
+        print(f"Resuming training from {source} at iteration {state['iter_num']}")
+        model = build_model(state, settings["dropout"], keep_adapters=True)
+    else:
+        print(f"Initializing from {init_from} weights")
+        (model, theirs), source = pretrained(init_from, settings["dropout"]), init_from
+        state = {"tokenizer": theirs}
+    have = dataclasses.asdict(model.config)
+    problems = [
+        f"{name} is {have[name]} in {source}, and can't be {asked[name]}: leave it out"
+        for name in ARCHITECTURE[1:]
+        if name in asked and asked[name] != have[name]
+    ]
+    block_size = asked.get("block_size", have["block_size"])
+    if block_size > have["block_size"]:
+        problems.append(f"block_size is {have['block_size']} in {source}, and can't grow to {block_size}")
+    if state.get("tokenizer") and tokenizer_data and state["tokenizer"] != tokenizer_data:
+        problems.append(f"{source} was trained with another tokenizer than that of data set {settings['dataset']!r}")
+    if state.get("model", {}) is None and block_size < have["block_size"]:
+        problems.append(
+            f"block_size can't be lowered from {have['block_size']} in shards: make one file of {source} first"
+        )
+    if init_from == "resume":
+        adapted = state.get("lora") or {"rank": 0, "alpha": 0.0}
+        for name, value in adapted.items():
+            if asked.get(f"lora_{name}", value) != value:
+                problems.append(f"lora_{name} is {value} in {source}: leave it out, or begin with init_from={out_dir}")
+        if adapted["rank"] and (settings["optimizer"] != "adamw" or settings["fsdp"]):
+            problems.append(f"{source} is a run with lora_rank, which takes optimizer=adamw, and no fsdp")
+    if problems:
+        raise UserError(*problems)
+    if block_size < have["block_size"]:
+        model.crop_block_size(block_size)
+    if init_from != "resume" and (rank := settings["lora_rank"]):
+        state["lora"] = {"rank": rank, "alpha": settings["lora_alpha"] or 2.0 * rank}
+        lora.attach(model, **state["lora"])
+    return model, state
+
+
+def settled(model: GPT, state: dict) -> dict:
+    """The settings that the model, or its checkpoint, has decided."""
+    adapted = state.get("lora") or {"rank": 0, "alpha": 0.0}
+    found = {name: getattr(model.config, name) for name in ARCHITECTURE}
+    return found | {"lora_rank": adapted["rank"], "lora_alpha": float(adapted["alpha"])}
+
+
+def tell_changes(config: dict, state: dict) -> None:
+    """Notes the settings that differ from those of the checkpoint, once all of them are settled."""
+    before = state.get("config", {})
+    for name, value in config.items():
+        if name in before and name not in (*ARCHITECTURE, *PASSING) and before[name] != value:
+            print(f"note: {name} was {before[name]!r} in {state['path']}, and is {value!r} from here on")
