@@ -59,7 +59,7 @@ def end(
     told = torch.zeros(2 + processes.world_size, device=loss.device)  # loss, signals, and of each rank: is it bad?
     told[0], told[1], told[2 + processes.rank] = loss, signals.count, ~loss.isfinite()
     mean_loss, stops, *bad, grad_norm = torch.cat((processes.sum(told), grad_norm.reshape(1))).tolist()
-    if bad_ranks := [rank for rank, is_bad in enumerate(bad) if is_bad]:
+    if not fault and (bad_ranks := [rank for rank, is_bad in enumerate(bad) if is_bad]):
         fault = f"the loss of rank {', '.join(map(str, bad_ranks))} is not finite"
     if not fault and not scaler.is_enabled() and not math.isfinite(grad_norm):
         fault = f"the gradient's norm is {grad_norm}"
