@@ -409,22 +409,6 @@ class GPT(nn.Module):
         else:
             raise ValueError(f"no rule says how {name} begins")
 
-    def load_weights(self, state: dict[str, torch.Tensor]) -> None:
-        """Gives a network that was built on the meta device, where it costs nothing, its weights: float32 copies.
-
-        Raises ValueError for what is no tensor of floating-point numbers, RuntimeError where names or shapes differ.
-        """
-        for name, value in state.items():
-            if not torch.is_tensor(value) or value.is_meta or not value.is_floating_point():
-                raise ValueError(f"{name} is no tensor of floating-point numbers")
-        how = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
-        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        # What does not fit is not copied, since it may be larger than its file and than memory
-        state = {n: tensor.to(**how) if tensor.shape == shapes.get(n) else tensor for n, tensor in state.items()}
-        self.load_state_dict(state, assign=True)
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-
     def get_num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters, by default without tables that are only looked up: position embeddings, or input
         embeddings that are not tied. Tied weights count once.

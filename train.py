@@ -89,7 +89,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from configurator import UserError
@@ -176,27 +175,6 @@ def get_lr(iteration: int, decay_iters: int) -> float:
         return min_lr + min(1.0, left) * (learning_rate - min_lr)
     progress = (iteration - warmup_iters) / (decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
-
-
-def training_starts(split: shards.Split, nth: int, count: int, T: int) -> np.ndarray:
-    """Where the windows begin of `count` micro-batches from the run's nth on, all processes' counted."""
-    rows = np.arange(nth * batch_size, (nth + count) * batch_size)
-    return shards.training_starts(rows, len(split), T, seed, split.row)
-
-
-def training_batch(split: shards.Split, nth: int, T: int, place: torch.device) -> list[torch.Tensor]:
-    return machine.send(split.batch(training_starts(split, nth, 1, T), T), place)
-
-
-def count_targets(split: shards.Split, iter_num: int, T: int) -> int | None:
-    """The targets of an update over all its micro-batches and ranks, by which their sum is divided.
-
-    The mask alone tells. None without weights, where each micro-batch has as many, and a mean of means will do.
-    """
-    if not split.is_weighted:
-        return None
-    first = iter_num * gradient_accumulation_steps
-    return split.count_targets(training_starts(split, first, gradient_accumulation_steps, T), T)
 
 
 @torch.no_grad()
@@ -299,7 +277,8 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
     log = Log(Path(out_dir) if is_writing else None, progress.iter_num, progress.evaluated, iters, wandb_run)
     micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
     nth = progress.iter_num * gradient_accumulation_steps + processes.rank  # the micro-batch that comes next
-    batch = None if eval_only else training_batch(splits["train"], nth, T, place)
+    micro_batches = shards.MicroBatches(splits["train"], batch_size, T, seed)
+    batch = None if eval_only else machine.send(micro_batches.read(nth), place)
     peak = machine.peak_flops(place, compute_dtype)
     seconds = log.seconds  # in updates, since the run began
     told, timed = seconds, 0  # the seconds at the last log line, and the updates since
@@ -343,7 +322,7 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
             torch.manual_seed(shards.mix(seed, iter_num, processes.rank))
         lr = get_lr(iter_num, decay_iters)
         optim.set_rates(updater, [lr * rate for rate in peak_rates], optim.momentum_at(iter_num, muon_momentum))
-        targets = count_targets(splits["train"], iter_num, T)
+        targets = micro_batches.count_targets(iter_num * gradient_accumulation_steps, gradient_accumulation_steps)
 
         # Loss and backward. Gradients become their mean over the processes, so a sum of theirs is divided by a share
         loss = torch.zeros((), device=place)
@@ -357,7 +336,7 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
                 micro_loss = micro_loss / micro_steps
             nth += processes.world_size
             if micro_step + 1 < micro_steps or iter_num + 1 < iters:
-                batch = training_batch(splits["train"], nth, T, place)  # while a GPU computes
+                batch = machine.send(micro_batches.read(nth), place)  # while a GPU computes
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
 

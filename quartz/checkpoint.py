@@ -146,6 +146,23 @@ def load(path: Path) -> dict:
         raise UserError(f"{path} is no checkpoint of a GPT: {error}") from error
 
 
+def fill(model: GPT, state: dict[str, torch.Tensor]) -> None:
+    """Gives a network that was built on the meta device, where it costs nothing, its weights: float32 copies.
+
+    Raises ValueError for what is no tensor of floating-point numbers, RuntimeError where names or shapes differ.
+    """
+    for name, value in state.items():
+        if not torch.is_tensor(value) or value.is_meta or not value.is_floating_point():
+            raise ValueError(f"{name} is no tensor of floating-point numbers")
+    how = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # What does not fit is not copied, since it may be larger than its file and than memory
+    state = {n: tensor.to(**how) if tensor.shape == shapes.get(n) else tensor for n, tensor in state.items()}
+    model.load_state_dict(state, assign=True)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+
+
 def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) -> GPT:
     """The model that a loaded checkpoint describes, with its weights. Raises UserError where the two do not match.
 
@@ -174,7 +191,7 @@ def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) 
             model = GPT(config)
             if adapted:
                 lora.attach(model, adapted["rank"], float(adapted["alpha"]))
-        model.load_weights(state["model"])
+        fill(model, state["model"])
         if adapted and not keep_adapters:
             lora.merge(model)
     except (ValueError, TypeError, RuntimeError, OverflowError, KeyError, ZeroDivisionError) as error:

@@ -15,7 +15,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import files
+from quartz import checkpoint, files
 from quartz.extras import needs
 from quartz.hf_layout import GPT2_MODELS, config_from_hf, hf_config, state_from_hf, state_to_hf
 from quartz.tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable, printable_bytes
@@ -68,7 +68,7 @@ def read_model(name: str, dropout: float = 0.0) -> GPT:
         raise ValueError(f"{os.path.dirname(weights_paths[0]) or name}: {error}") from error
     with torch.device("meta"):
         model = GPT(config)
-    model.load_weights(state)
+    checkpoint.fill(model, state)
     return model
 
 

@@ -352,6 +352,28 @@ def training_starts(
     return starts
 
 
+class MicroBatches:
+    """The micro-batches of a run, by their number, all processes' counted from the run's beginning."""
+
+    def __init__(self, split: Split, batch_size: int, block_size: int, seed: int):
+        self.split, self.batch_size, self.block_size, self.seed = split, batch_size, block_size, seed
+
+    def starts(self, nth: int, count: int = 1) -> np.ndarray:
+        """Where the windows of `count` micro-batches begin, from the nth on."""
+        rows = np.arange(nth * self.batch_size, (nth + count) * self.batch_size)
+        return training_starts(rows, len(self.split), self.block_size, self.seed, self.split.row)
+
+    def read(self, nth: int) -> list[torch.Tensor]:
+        """As Split.batch."""
+        return self.split.batch(self.starts(nth), self.block_size)
+
+    def count_targets(self, nth: int, count: int) -> int | None:
+        """The targets of `count` micro-batches, from the nth on: the mask alone tells. None where there are no weights,
+        each micro-batch has as many, and the mean of their means will do.
+        """
+        return self.split.count_targets(self.starts(nth, count), self.block_size) if self.split.is_weighted else None
+
+
 def evaluation_starts(n_tokens: int, block_size: int, count: int, length: int | None = None) -> np.ndarray:
     """Where `count` windows begin that are spread evenly over a split, its first and last token included.
 
