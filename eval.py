@@ -167,7 +167,7 @@ def measure(
         x, y = text.windows(starts, length)
         is_counted = torch.from_numpy(starts > 0)[:, None] & (torch.arange(length) < T - step)
         y = y.masked_fill(is_counted, -1)  # by the window before
-        if text.mask:
+        if text.mask is not None:
             y = y.masked_fill(text.weights(starts, length) == 0, -1)
         new = y[y >= 0]
         if not len(new):

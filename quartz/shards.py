@@ -152,8 +152,7 @@ class Split:
         """
         files = _shard_files(folder, split) or [folder / f"{split}.bin"]
         self.name, self.vocab_size, self.row = f"{folder} ({split})", vocab_size, meta.get("row")
-        shards = [_map_shard(file, np.dtype(meta["dtype"]).newbyteorder("<")) for file in files]
-        self.tokens = Pieces(files, shards)
+        self.tokens = Pieces(files, np.dtype(meta["dtype"]).newbyteorder("<"))
         expected = (meta["tokens"] or {}).get(split, len(self))
         if expected != len(self):
             raise UserError(f"{self.name} holds {len(self)} tokens, and meta.json says {expected}: prepare it again")
@@ -161,10 +160,10 @@ class Split:
             raise UserError(
                 f"{self.name} holds {len(self)} tokens, no whole number of rows of {self.row}: prepare it again"
             )
-        self.mask = _map_masks(folder, split, files, shards)
+        self.mask = _map_masks(folder, split, self.tokens)
         for shard in self.tokens.heads(SCAN_TOKENS):
             self._check_ids(shard)
-        for shard in self.mask.heads(SCAN_TOKENS) if self.mask else ():
+        for shard in self.mask.heads(SCAN_TOKENS) if self.mask is not None else ():
             self._check_mask(shard)
 
     def __len__(self) -> int:
@@ -172,7 +171,7 @@ class Split:
 
     @property
     def is_weighted(self) -> bool:
-        """Whether batches differ in how many targets they have, so that each target has a weight."""
+        """Whether targets have weights: a mask's, or ones where the last batch of rows is short in an evaluation."""
         return self.mask is not None or self.row is not None
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -237,17 +236,18 @@ class Split:
 
 
 class Pieces:
-    """Arrays in several mapped files, read as if they were one."""
+    """The numbers in several files, memory-mapped, read as if they were one."""
 
-    def __init__(self, files: list[Path], arrays: list[np.ndarray]):
-        self.files, self.stamps, self.arrays = files, [_stamp(file) for file in files], arrays
-        self.ends = np.cumsum([len(array) for array in arrays])
+    def __init__(self, files: list[Path], dtype: np.dtype):
+        self.files, self.stamps = files, [_stamp(file) for file in files]
+        self.arrays = [_map_shard(file, dtype) for file in files]
+        self.ends = np.cumsum([len(array) for array in self.arrays])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """The values start … start + count - 1, as int64. Raises UserError where a file has changed meanwhile."""
+        """Numbers start … start + count - 1, as int64. Raises UserError where a file has changed meanwhile."""
         out, filled = np.empty(count, dtype=np.int64), 0
         nth = int(np.searchsorted(self.ends, start, side="right"))
         while filled < count:
@@ -260,7 +260,7 @@ class Pieces:
         return out
 
     def heads(self, count: int) -> list[np.ndarray]:
-        """The first `count` values, in the files' pieces."""
+        """The first `count` numbers, by file."""
         return [
             array[: max(0, count - int(end) + len(array))] for array, end in zip(self.arrays, self.ends, strict=True)
         ]
@@ -296,22 +296,22 @@ def _map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
         raise UserError(f"{path} can't be read: {error}") from error
 
 
-def _map_masks(folder: Path, split: str, files: list[Path], shards: list[np.ndarray]) -> Pieces | None:
+def _map_masks(folder: Path, split: str, tokens: Pieces) -> Pieces | None:
     """The mask beside each file of tokens; None where there is none. Raises UserError where they don't go together."""
     there = [*folder.glob(f"{split}_*.mask"), *(path for path in [folder / f"{split}.mask"] if path.exists())]
     if not there:
         return None
-    wanted = [file.with_suffix(".mask") for file in files]
+    wanted = [file.with_suffix(".mask") for file in tokens.files]
     if lost := sorted(set(wanted) ^ set(there)):
         other = "has no mask, and others have" if lost[0] in wanted else "has no tokens, but a mask"
         raise UserError(f"{lost[0].with_suffix('.bin')} {other}: prepare the data set again")
-    masks = [_map_shard(path, np.dtype("u1")) for path in wanted]
-    for path, mask, shard in zip(wanted, masks, shards, strict=True):
+    masks = Pieces(wanted, np.dtype("u1"))
+    for path, mask, shard in zip(wanted, masks.arrays, tokens.arrays, strict=True):
         if len(mask) != len(shard):
             raise UserError(f"{path} is of {len(mask)} tokens, and there are {len(shard)}: prepare the data set again")
-    if not any(mask.any() for mask in masks):
+    if not any(mask.any() for mask in masks.arrays):
         raise UserError(f"the mask of {folder} ({split}) is 0 throughout, which leaves no target")
-    return Pieces(wanted, masks)
+    return masks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
