@@ -5,9 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# $(call install,ENVIRONMENT,locked or oldest,PACKAGES)
+# $(call install,ENVIRONMENT,locked or oldest,PACKAGES). -qq: pip shows errors alone, not what setuptools remarks.
 install = $(1)/bin/python tests/pins.py $(2) > $(1)/pins.txt && \
-    $(1)/bin/python -m pip install -q -c $(1)/pins.txt --build-constraint $(1)/pins.txt $(3)
+    $(1)/bin/python -m pip install -qq -c $(1)/pins.txt --build-constraint $(1)/pins.txt $(3)
 
 .PHONY: install demo test test-all test-latest test-oldest lock notebooks clean
 
@@ -63,7 +63,7 @@ test-oldest: .venv-oldest/tested
 	.venv-oldest/bin/python -m pytest
 
 test-latest: .venv-latest/made
-	.venv-latest/bin/python -m pip install -q --upgrade --upgrade-strategy=eager pip -e ".[test]"
+	.venv-latest/bin/python -m pip install -qq --upgrade --upgrade-strategy=eager pip -e ".[test]"
 	.venv-latest/bin/python -m pip list
 	.venv-latest/bin/python -m pytest
 
