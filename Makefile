@@ -17,7 +17,7 @@ install: $(VENV)/installed
 %/made:
 	test -x $*/bin/python || $(PYTHON) -m venv $* || $(PYTHON) -m venv --clear --without-pip $*
 	$*/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $*/bin/python install -q pip
-	$*/bin/python -m pip install -q -c requirements.lock pip
+	$*/bin/python -m pip install -qq -c requirements.lock pip
 	touch $@
 
 $(VENV)/installed: $(VENV)/made pyproject.toml requirements.lock
@@ -70,7 +70,7 @@ test-latest: .venv-latest/made
 # One lock for all systems and for each Python that pyproject.toml admits. torch's CUDA builds name what they need of CUDA
 # themselves, each its own.
 lock: .venv-lock/made
-	.venv-lock/bin/python -m pip install -q --upgrade uv
+	.venv-lock/bin/python -m pip install -qq --upgrade uv
 	.venv-lock/bin/uv pip compile -q --no-config --no-python-downloads --universal --python-version=3.10 --upgrade \
 	    --all-extras --group=lock --no-header --no-annotate --output-file=.venv-lock/all.txt pyproject.toml
 	echo "# Exact versions, for pip install -c; make lock renews them. No sums: torch's builds have one name and many sums." \

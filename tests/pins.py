@@ -39,10 +39,11 @@ def own_torch() -> str | None:
 
 def locked() -> list[str]:
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    if version := own_torch():
-        print(f"torch {version} is there, and stays", file=sys.stderr)
-        lines = [line for line in lines if not line.startswith("torch==")]
-    return lines
+    version = own_torch()
+    if version is None or f"torch=={version.split('+')[0]}" in lines:
+        return lines
+    print(f"torch {version} is there, and stays", file=sys.stderr)
+    return [line for line in lines if not line.startswith("torch==")]
 
 
 def oldest() -> list[str]:

@@ -111,6 +111,24 @@ def test_a_torch_that_the_project_works_with_is_left_alone(there, stays, monkeyp
     assert ("stays" in capsys.readouterr().err) == stays
 
 
+def test_the_locks_own_torch_is_held_to_the_lock_whatever_its_build(monkeypatch, capsys):
+    monkeypatch.setattr(pins.metadata, "version", lambda name: f"{pinned()[name]}+cpu")
+    assert f"torch=={pinned()['torch']}" in pins.locked() and not capsys.readouterr().err
+
+
+def test_the_workflows_run_targets_of_make_on_the_locks_pythons_and_name_no_address():
+    workflows = {path.name: path.read_text() for path in (ROOT / ".github" / "workflows").iterdir()}
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.findall(r'"(3\.\d+)"', workflows["test.yml"]) == [*PYTHONS]
+    assert {*re.findall(r'python: "(3\.\d+)"', workflows["weekly.yml"])} <= {*PYTHONS}
+    targets = re.findall(r"(?:make |target: )([a-z-]+)", "".join(workflows.values()))
+    assert {*targets} == {"test-all", "test-oldest", "test-latest"}
+    assert all(f"\n{target}:" in makefile for target in targets)
+    for text in workflows.values():
+        assert "://" not in text
+        assert all(re.fullmatch(r"actions/[\w-]+@v\d+", used) for used in re.findall(r"uses: (.*)", text))
+
+
 SKIPS = """
 import pytest
 
