@@ -38,7 +38,7 @@ $(VENV)/notebooks: $(VENV)/installed
 	touch $@
 
 .venv-oldest/tested: .venv-oldest/made pyproject.toml
-	$(call install,.venv-oldest,oldest,-e ".[test]")
+	$(call install,.venv-oldest,oldest,-e ".[test,notebooks]")
 	touch $@
 
 demo: $(VENV)/installed
