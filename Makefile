@@ -1,42 +1,86 @@
-# make demo: train a GPT in front of your eyes; make test: all checks. Both set up .venv first.
-# The README shows the plain commands behind them.
+# make demo: train a GPT in front of your eyes; make test: all checks. Both set up .venv first, with the exact versions of
+# requirements.lock. The README shows the plain commands behind them.
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: install demo test notebooks clean
+# $(call install,ENVIRONMENT,locked or oldest,PACKAGES). -qq: pip shows errors alone, not what setuptools remarks.
+install = $(1)/bin/python tests/pins.py $(2) > $(1)/pins.txt && \
+    $(1)/bin/python -m pip install -qq -c $(1)/pins.txt --build-constraint $(1)/pins.txt $(3)
 
-install: .venv/installed
+.PHONY: install demo test test-all test-latest test-oldest lock notebooks clean
+
+install: $(VENV)/installed
 
 # Some systems ship Python without ensurepip; pip from outside serves as well.
-.venv/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear --without-pip .venv
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(BIN)/python install -q pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+%/made:
+	test -x $*/bin/python || $(PYTHON) -m venv $* || $(PYTHON) -m venv --clear --without-pip $*
+	$*/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $*/bin/python install -q pip
+	$*/bin/python -m pip install -qq -c requirements.lock pip
 	touch $@
 
-.venv/tested: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+$(VENV)/installed: $(VENV)/made pyproject.toml requirements.lock
+	$(call install,$(VENV),locked,-e .)
 	touch $@
 
-.venv/notebooks: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[notebooks]"
+$(VENV)/tested: $(VENV)/installed
+	$(call install,$(VENV),locked,-e ".[test]")
 	touch $@
 
-demo: .venv/installed
+# llama.cpp is compiled: that takes a C++ compiler, and minutes.
+$(VENV)/all: $(VENV)/tested
+	$(call install,$(VENV),locked,llama-cpp-python)
+	touch $@
+
+$(VENV)/notebooks: $(VENV)/installed
+	$(call install,$(VENV),locked,-e ".[notebooks]")
+	touch $@
+
+.venv-oldest/tested: .venv-oldest/made pyproject.toml
+	$(call install,.venv-oldest,oldest,-e ".[test,notebooks]")
+	touch $@
+
+demo: $(VENV)/installed
 	$(BIN)/python data/pystdlib_char/prepare.py
 	$(BIN)/python train.py config/demo.py
 	$(BIN)/python sample.py --out_dir=out-demo --start="def " --num_samples=3 --max_new_tokens=600
 
-test: .venv/tested
+test: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
+# The same and the tests that need llama.cpp; a test that is skipped for want of a package or of data fails.
+test-all: $(VENV)/all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --complete
+
+# The two ends of what a user's own `pip install -e .` may find.
+test-oldest: .venv-oldest/tested
+	.venv-oldest/bin/python -m pip list
+	.venv-oldest/bin/python -m pytest
+
+test-latest: .venv-latest/made
+	.venv-latest/bin/python -m pip install -qq --upgrade --upgrade-strategy=eager pip -e ".[test]"
+	.venv-latest/bin/python -m pip list
+	.venv-latest/bin/python -m pytest
+
+# One lock for all systems and for each Python that pyproject.toml admits. torch's CUDA builds name what they need of CUDA
+# themselves, each its own.
+lock: .venv-lock/made
+	.venv-lock/bin/python -m pip install -qq --upgrade uv
+	.venv-lock/bin/uv pip compile -q --no-config --no-python-downloads --universal --python-version=3.10 --upgrade \
+	    --all-extras --group=lock --no-header --no-annotate --output-file=.venv-lock/all.txt pyproject.toml
+	echo "# Exact versions, for pip install -c; make lock renews them. No sums: torch's builds have one name and many sums." \
+	    > requirements.lock
+	grep -vE "^(cuda|nvidia|triton)" .venv-lock/all.txt >> requirements.lock
+
 # What is left out of the files' metadata: times, and the version of Python.
-notebooks: .venv/notebooks
+notebooks: $(VENV)/notebooks
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ClearMetadataPreprocessor.enabled=True \
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", ("language_info", "name")}' notebooks/*.ipynb
 
 clean:
-	rm -rf .venv out-demo *.egg-info
+	rm -rf .venv .venv-* out-demo *.egg-info

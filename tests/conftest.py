@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRINT_PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "offline")
+if DATA := os.environ.get("QUARTZGPT_TEST_DATA"):
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(DATA) / "tiktoken"))
 
 # A model and a run that take a moment; a test overrides what it is about.
 TINY = {
@@ -46,6 +48,31 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def pytest_addoption(parser):
+    told = "a test that is skipped for want of a package, or of data where QUARTZGPT_TEST_DATA is set, fails"
+    parser.addoption("--complete", action="store_true", help=told)
+
+
+def fail_if_skipped_in_vain(report, config):
+    """What a system is cannot be helped. The reason of such a skip begins with "this system"."""
+    if not config.getoption("complete") or not report.skipped or hasattr(report, "wasxfail"):
+        return report
+    reason = report.longrepr[2].removeprefix("Skipped: ")
+    if not reason.startswith("this system") and (DATA or "QUARTZGPT_TEST_DATA" not in reason):
+        report.outcome, report.longrepr = "failed", f"skipped, in a complete run: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    return fail_if_skipped_in_vain((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return fail_if_skipped_in_vain((yield), collector.config)
 
 
 def flags(**settings) -> list[str]:
@@ -168,8 +195,8 @@ def rows(tiny) -> Path:
 @pytest.fixture
 def shakespeare() -> Path:
     """tinyshakespeare.txt, from the folder that QUARTZGPT_TEST_DATA names."""
-    path = Path(os.environ.get("QUARTZGPT_TEST_DATA", "")) / "tinyshakespeare.txt"
-    if not os.environ.get("QUARTZGPT_TEST_DATA") or not path.exists():
+    path = Path(DATA or "") / "tinyshakespeare.txt"
+    if not DATA or not path.exists():
         pytest.skip("QUARTZGPT_TEST_DATA names no folder with tinyshakespeare.txt")
     return path
 
@@ -181,7 +208,7 @@ def gpt2_bpe() -> None:
     from quartz.tokenizer import GPT2Tokenizer
 
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's tokens")
+        pytest.skip("neither TIKTOKEN_CACHE_DIR nor QUARTZGPT_TEST_DATA is set, to find GPT-2's tokens")
     try:
         GPT2Tokenizer()
     except UserError as error:

@@ -414,7 +414,7 @@ def test_a_full_disk_is_one_problem_and_the_preparation_goes_on_later(tmp_path, 
 def test_a_really_full_disk_is_one_line(tmp_path, stories):
     """/dev/full stands for the disk."""
     if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
+        pytest.skip("this system has no /dev/full")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "meta.json.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="No space left on device"):

@@ -233,7 +233,7 @@ def test_two_streams_may_take_turns_on_one_fixed_step():
     assert engine.captures == before + 1  # one for a text
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this system has no CUDA device")
 def test_a_cuda_graph_gives_the_same_text():
     model, prompts = make(), [[1, 2, 3], [4]]
     engine = prepare(model, torch.device("cuda"), torch.float32, False, 2, 70, True)

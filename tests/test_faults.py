@@ -264,7 +264,7 @@ def small_disk(tmp_path):
         ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"this system mounts no tmpfs: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
@@ -467,7 +467,7 @@ def test_over_a_long_run_memory_and_open_files_stay(tiny, train):
     assert [json.loads(line)["iter"] for line in lines if '"iter"' in line] == list(range(0, 20000, 100))
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash is here")
+@pytest.mark.skipif(shutil.which("bash") is None, reason="this system has no bash")
 @pytest.mark.parametrize(
     ("restarts", "ends", "resumes", "requeued", "status"),
     [

@@ -91,13 +91,10 @@ def test_batches_of_parts_are_what_each_part_alone_would_be(changes):
 
 
 def test_it_moves_as_torchs_own_muon_does():
-    theirs = getattr(torch.optim, "Muon", None)
-    if theirs is None:
-        pytest.skip("this torch has no Muon")
     model = make(arch="gpt2", bias=False)
     name = "transformer.h.0.mlp.c_fc.weight"
     twin = torch.nn.Parameter(model.get_parameter(name).detach().clone())
-    other = theirs([twin], lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1, adjust_lr_fn="original")
+    other = torch.optim.Muon([twin], lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1, adjust_lr_fn="original")
     updater, before = make_muon(model), twin.detach().clone()
     for turn in range(3):
         grads(model, turn)

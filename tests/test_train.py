@@ -390,7 +390,7 @@ def test_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):
 
 def test_a_compiled_run_resumes_exactly_and_its_checkpoint_has_plain_names(tiny, train):
     if sys.platform != "linux":
-        pytest.skip("compiles on Linux only")
+        pytest.skip("this system is not Linux, where it compiles")
     settings = {"max_iters": 6, "eval_interval": 3, "dropout": 0.0, "n_embd": 64, "batch_size": 16}
     result = train(compile=True, **settings)
     assert result.code == 0, result.err
