@@ -26,6 +26,8 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 
+import threads
+
 SETTING_TYPES = (int, float, bool, str)
 
 
@@ -113,7 +115,9 @@ def configure(scope: dict, argv: list[str] | None = None) -> set[str]:
     """
     _set_up_terminal()
     with user_errors():
-        return _configure(scope, sys.argv[1:] if argv is None else argv)
+        given = _configure(scope, sys.argv[1:] if argv is None else argv)
+    threads.set_up()  # here, since it comes before torch in every verb
+    return given
 
 
 def _configure(scope: dict, argv: list[str]) -> set[str]:
