@@ -26,8 +26,10 @@ NUMBER = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_NUM_THREADS
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 INTERVAL = 0.1  # seconds between two looks
 LOOKING = 0.005  # the share of the time that looks may take: where threads are very many, they are rarer
-BUSY = 0.1  # waiting for a core, summed over threads, as a share of the time: more than this is another's work
-CALM = 1.0  # seconds with less, after which the threads spin again
+BUSY = (
+    0.1  # waiting for a core, summed over threads, as a share of the time: above it sleeping pays, below half of it not
+)
+NEWEST = 0.2  # what a look counts in the mean share, so that a moment's work of another's changes nothing
 PAUSE_SOFT = 1  # omp_pause_soft of omp.h
 
 _stop = threading.Event()
@@ -70,30 +72,27 @@ def quota(process: Path = Path("/proc/self")) -> float:
     The limits of the groups around its own count too, as far as they are mounted.
     """
     limits = [math.inf]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         groups = [line.split(":", 2)[1:] for line in (process / "cgroup").read_text().splitlines()]
         for mount in (process / "mountinfo").read_text().splitlines():
             (_, _, _, root, point, *_), (kind, _, options) = (part.split()[:5] for part in mount.split(" - "))
             for names, path in groups:
-                if (kind == "cgroup2" and not names) or (
-                    kind == "cgroup" and "cpu" in options.split(",") and "cpu" in names.split(",")
-                ):
+                is_v2 = kind == "cgroup2" and not names
+                if is_v2 or (kind == "cgroup" and "cpu" in names.split(",") and "cpu" in options.split(",")):
                     # In a container the path may be one outside, of which only the part below `root` is there
                     inside = os.path.relpath(path, root) if f"{path}/".startswith(f"{root.rstrip('/')}/") else "."
                     own = Path(point, inside)
-                    limits += [_limit(group) for group in (own, *own.parents) if group.is_relative_to(point)]
+                    limits += [_limit(group, is_v2) for group in (own, *own.parents) if group.is_relative_to(point)]
     return min(limits)
 
 
-def _limit(group: Path) -> float:
+def _limit(group: Path, is_v2: bool) -> float:
     """Cores' worth of time in a control group's folder; inf without a limit."""
+    names = ("cpu.max",) if is_v2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     try:
-        if (group / "cpu.max").exists():  # v2
-            most, period = (group / "cpu.max").read_text().split()
-        else:
-            most, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        most, period = " ".join((group / name).read_text() for name in names).split()
         return int(most) / int(period) if most not in ("max", "-1") else math.inf
-    except OSError:
+    except (OSError, ValueError, ZeroDivisionError):
         return math.inf
 
 
@@ -114,18 +113,14 @@ def _keep_watch() -> None:
     functions alone, where the counts of rounds themselves are out of reach once libgomp is loaded.
     """
     library = ctypes.CDLL(None)  # what torch itself finds
-    asleep, calm_since = False, 0.0
-    before, then = waited(), time.perf_counter()
-    pause = INTERVAL
+    before, then, pause, share, asleep = waited(), time.perf_counter(), INTERVAL, 0.0, False
     while not _stop.wait(pause):
-        now = time.perf_counter()
-        total = waited()
+        now, total = time.perf_counter(), waited()
         pause = max(INTERVAL, (time.perf_counter() - now) / LOOKING)
-        share, before, then = (total - before) / (now - then), total, now
-        if share > BUSY:
-            calm_since = now
+        share += NEWEST * (max(0.0, total - before) / (now - then) - share)  # a thread that ends takes its time away
+        before, then = total, now
         threads = _torch_threads()
-        if asleep and (now - calm_since > CALM or threads == 1):
+        if asleep and share < BUSY / 2:
             library.omp_pause_resource_all(PAUSE_SOFT)
             asleep = False
         elif not asleep and share > BUSY and threads > 1:

@@ -141,7 +141,7 @@ import os, threading, time
 from pathlib import Path
 import threads
 threads.waited = time.perf_counter
-threads.CALM = 0.2
+threads.INTERVAL, threads.LOOKING = 0.01, 1.0
 threads.set_up()
 import torch
 from model import GPT, GPTConfig
