@@ -26,9 +26,7 @@ NUMBER = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_NUM_THREADS
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 INTERVAL = 0.1  # seconds between two looks
 LOOKING = 0.005  # the share of the time that looks may take: where threads are very many, they are rarer
-BUSY = (
-    0.1  # waiting for a core, summed over threads, as a share of the time: above it sleeping pays, below half of it not
-)
+BUSY = 0.1  # waiting for a core, all threads' time over the clock's: from here on sleep pays, until it is half of this
 NEWEST = 0.2  # what a look counts in the mean share, so that a moment's work of another's changes nothing
 PAUSE_SOFT = 1  # omp_pause_soft of omp.h
 
