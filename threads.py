@@ -113,8 +113,8 @@ def _keep_watch() -> None:
     library = ctypes.CDLL(None)  # what torch itself finds
     before, then, pause, share, asleep = waited(), time.perf_counter(), INTERVAL, 0.0, False
     while not _stop.wait(pause):
-        now, total = time.perf_counter(), waited()
-        pause = max(INTERVAL, (time.perf_counter() - now) / LOOKING)
+        now, began, total = time.perf_counter(), time.thread_time(), waited()
+        pause = max(INTERVAL, (time.thread_time() - began) / LOOKING)
         share += NEWEST * (max(0.0, total - before) / (now - then) - share)  # a thread that ends takes its time away
         before, then = total, now
         threads = _torch_threads()
