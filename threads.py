@@ -14,6 +14,7 @@ each unless the environment already decides about it:
 import atexit
 import contextlib
 import ctypes
+import glob
 import math
 import os
 import sys
@@ -97,8 +98,8 @@ def _limit(group: Path, is_v2: bool) -> float:
 def waited(tasks: Path = Path("/proc/self/task")) -> float:
     """Seconds that this process's threads, as many as there are, have been ready to run and without a core."""
     total = 0
-    for thread in os.listdir(tasks):
-        with contextlib.suppress(OSError, IndexError), open(tasks / thread / "schedstat") as file:  # one may have ended
+    for path in glob.glob(f"{tasks}/*/schedstat"):  # a kernel may have none
+        with contextlib.suppress(OSError, IndexError), open(path) as file:  # a thread may have ended
             total += int(file.read().split()[1])  # nanoseconds
     return total / 1e9
 
@@ -117,11 +118,10 @@ def _keep_watch() -> None:
         pause = max(INTERVAL, (time.thread_time() - began) / LOOKING)
         share += NEWEST * (max(0.0, total - before) / (now - then) - share)  # a thread that ends takes its time away
         before, then = total, now
-        threads = _torch_threads()
         if asleep and share < BUSY / 2:
             library.omp_pause_resource_all(PAUSE_SOFT)
             asleep = False
-        elif not asleep and share > BUSY and threads > 1:
+        elif not asleep and share > BUSY and (threads := _torch_threads()) > 1:
             if not hasattr(library, "GOMP_parallel") or hasattr(library, "kmp_set_blocktime"):  # not libgomp
                 return
             more = max(2, library.omp_get_num_procs() - threads + 2)  # this thread is one of them
