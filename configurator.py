@@ -27,6 +27,8 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 
+from quartz import threads
+
 SETTING_TYPES = (int, float, bool, str)
 # What a setting of that name may be, in whichever script it stands.
 _COUNT = (lambda value: 0 < value < 2**31, "at least 1, and no giant")
@@ -148,7 +150,9 @@ def configure(scope: dict, argv: list[str] | None = None) -> set[str]:
     """
     _set_up_terminal()
     with user_errors():
-        return _configure(scope, sys.argv[1:] if argv is None else argv)
+        given = _configure(scope, sys.argv[1:] if argv is None else argv)
+    threads.set_up()  # here, since it comes before torch in every verb
+    return given
 
 
 def _configure(scope: dict, argv: list[str]) -> set[str]:

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, check
-from quartz import download, files, run_folder
+from quartz import download, files, run_folder, threads
 from quartz.documents import PACKED, PASSAGE, files_of, is_held_out, is_text, pieces_of
 from quartz.extras import needs
 from quartz.tokenizer import (
@@ -275,7 +275,7 @@ class Preparation:
         if len(paths) == 1 and is_text(paths[0]):
             size = self.sizes[0] if paths[0].suffix not in PACKED else self._unpacked_size()
             self.passage = max(SHORTEST_PASSAGE, min(PASSAGE, size // PASSAGES_OF_A_FILE))
-        self.workers = recipe.workers or cores()
+        self.workers = recipe.workers or threads.cores()
         told = [dataclasses.asdict(dataclasses.replace(recipe, workers=0))]
         told += [validation, [str(path.resolve()) for path in paths], self.stamps]
         self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -477,10 +477,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _move(bar: tqdm, place: int) -> None:
     bar.update(place - bar.n)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _encoded(tokenizer: Tokenizer, batch: list[tuple[str, str, int, bool]]) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@
     python tests/peers.py --streams=1 --rounds=3
     python tests/peers.py --sample=out-shakespeare-char   # sample.py's default work, as whole processes
     python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3  # time and loss, beside nanoGPT
+    python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char   # a step beside other work, and nanoGPT's
     python tests/peers.py --prepare=FILE.jsonl            # a data set of GPT-2's tokens, beside tiktoken by itself
 
 Each program sits in a process of its own, loaded and warm, and they take turns; a figure is the median over the rounds,
@@ -13,6 +14,8 @@ left out where they are not installed. "full forward" is nanoGPT's way: no cache
 
 import argparse
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -169,7 +172,7 @@ def compare_samples(folder: str, rounds: int) -> None:
     print(json.dumps(record))
 
 
-def train_as_nanogpt_does(dataset: str, out_dir: str, seed: int) -> None:
+def train_as_nanogpt_does(dataset: str, out_dir: str, seed: int, steps: int) -> None:
     """nanoGPT's quick start for CPUs as its train.py goes about it: float32, unfused AdamW, batches at random."""
     import math
     import pickle  # noqa: F401 - what it imports
@@ -198,7 +201,8 @@ def train_as_nanogpt_does(dataset: str, out_dir: str, seed: int) -> None:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     x, y = batch("train")
-    for n in range(2001):
+    for n in range(steps + 1):
+        began = time.perf_counter()
         decay = 0.5 * (1 + math.cos(math.pi * (n - 100) / 1900))
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (n + 1) / 101 if n < 100 else 1e-4 + decay * 9e-4
@@ -222,7 +226,7 @@ def train_as_nanogpt_does(dataset: str, out_dir: str, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        print(f"iter {n}: loss {loss.item():.4f}")
+        print(f"iter {n}: loss {loss.item():.4f}, time {1000 * (time.perf_counter() - began):.2f}ms")
 
 
 def compare_training(preset: str, dataset: str, settings: list[str], rounds: int) -> None:
@@ -249,6 +253,41 @@ def compare_training(preset: str, dataset: str, settings: list[str], rounds: int
     print(json.dumps({"preset": preset, "settings": settings, "dataset": dataset, "ratio": ratio, "rounds": rows}))
 
 
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with who started it
+
+
+def compare_when_busy(preset: str, dataset: str, settings: list[str], steps: int, rounds: int) -> None:
+    """Milliseconds a step, the mean after ten, alone and beside a process that never rests; whole processes in turns.
+
+    "spinning" is ours with the threads' waiting as libgomp has it by default.
+    """
+    quick = ["--log_interval=1", "--eval_interval=1000000", "--eval_iters=1"]
+    ours = ["train.py", preset, *settings, f"--dataset={dataset}", f"--max_iters={steps}", *quick]
+    theirs = [__file__, f"--train_slowly={dataset}", f"--steps={steps}"]
+    ways = {"ours": (ours, {}), "spinning": (ours, {"GOMP_SPINCOUNT": "300000"}), "nanogpt": (theirs, {})}
+    figures = {f"{name} {when}": [] for name in ways for when in ("alone", "busy")}
+    for _ in range(rounds):
+        for key in figures:
+            name, when = key.split()
+            command, environment = ways[name]
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, *command, "--seed=1337", f"--out_dir={folder}"]
+                other = subprocess.Popen([sys.executable, "-c", BUSY]) if when == "busy" else None
+                try:
+                    told = subprocess.run(
+                        command, cwd=ROOT, check=True, capture_output=True, text=True, env=os.environ | environment
+                    )
+                finally:
+                    if other:
+                        other.kill()
+                        other.wait()
+            figures[key].append(statistics.mean([float(ms) for ms in re.findall(r"time ([\d.]+)ms", told.stdout)][10:]))
+            print(f"{key}: {figures[key][-1]:.1f} ms", flush=True)
+    record = {key: statistics.median(values) for key, values in figures.items()}
+    record |= {f"{name} ratio": record[f"{name} busy"] / record[f"{name} alone"] for name in ways}
+    print(json.dumps({"preset": preset, "settings": settings, "dataset": dataset, "rounds": rounds} | record))
+
+
 def compare_preparations(path: str, rounds: int) -> None:
     """Preparing a data set, reading and writing included, in turns with tiktoken's encode_ordinary_batch on as many
     threads, which has the texts at hand and throws the ids away."""
@@ -259,9 +298,10 @@ def compare_preparations(path: str, rounds: int) -> None:
 
     from quartz import corpus
     from quartz.documents import pieces_of
+    from quartz.threads import cores
 
     texts = [piece.text for piece in pieces_of(Path(path), "text")]
-    size, threads, encoding = sum(len(text.encode()) for text in texts), corpus.cores(), tiktoken.get_encoding("gpt2")
+    size, threads, encoding = sum(len(text.encode()) for text in texts), cores(), tiktoken.get_encoding("gpt2")
     seconds = {"ours": [], "tiktoken": []}
     for _ in range(rounds):
         began = time.perf_counter()
@@ -300,20 +340,24 @@ def main() -> None:
     parser.add_argument("--sample", metavar="OUT_DIR", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--prepare", metavar="FILE", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--train", metavar="PRESET", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--busy", metavar="PRESET", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--steps", type=int, help="of training, with --busy")
     parser.add_argument("--dataset", default="shakespeare_char")
     parser.add_argument("--train_slowly", metavar="DATASET", help=argparse.SUPPRESS)
     parser.add_argument("--out_dir", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--sample_slowly", metavar="OUT_DIR", help=argparse.SUPPRESS)
-    options, settings = parser.parse_known_args()  # settings: train.py's, behind --train
-    if settings and not options.train:
+    options, settings = parser.parse_known_args()  # settings: train.py's, behind --train or --busy
+    if settings and not (options.train or options.busy):
         parser.error(f"unknown: {' '.join(settings)}")
     if options.sample:
         return compare_samples(options.sample, options.rounds)
     if options.train:
         return compare_training(options.train, options.dataset, settings, options.rounds)
+    if options.busy:
+        return compare_when_busy(options.busy, options.dataset, settings, options.steps or 60, options.rounds)
     if options.train_slowly:
-        return train_as_nanogpt_does(options.train_slowly, options.out_dir, options.seed)
+        return train_as_nanogpt_does(options.train_slowly, options.out_dir, options.seed, options.steps or 2000)
     if options.prepare:
         return compare_preparations(options.prepare, options.rounds)
     if options.sample_slowly:
