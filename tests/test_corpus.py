@@ -32,6 +32,15 @@ def test_a_data_set_reads_back_as_written_here_and_by_nanogpt(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
 
 
+def test_masks_of_other_tokens_go_when_a_data_set_is_prepared_anew(tmp_path):
+    names = ("train.mask", "val_0.mask", "test.mask")
+    for name in names:
+        (tmp_path / name).write_bytes(b"\1\0\1")
+    corpus.write_dataset(tmp_path, {"train": [1, 2, 3], "val": [0]}, CharTokenizer.train("abc\n"))
+    assert [name for name in names if (tmp_path / name).exists()] == ["test.mask"]
+    assert not Split(tmp_path, "train", shards.load_meta(tmp_path)).is_weighted
+
+
 def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     """Stopped at each of its steps, over an older data set, it leaves the old one, the new one, or none at all."""
     old, new = CharTokenizer.train("ab"), CharTokenizer.train("abcd")

@@ -1,6 +1,5 @@
 import json
 import math
-import sys
 
 import nanogpt
 import pytest
@@ -241,19 +240,15 @@ WAYS = {
     "divisor as a tensor": {"return_logits": False, "divisor": torch.tensor(17)},
     "checkpointing": {"return_logits": False, "activation_checkpointing": True},
     "bfloat16": {"return_logits": False, "dtype": torch.bfloat16},
-    "blocks compiled": {"return_logits": False, "compile": "blocks"},
-    "all compiled": {"compile": "all"},
-    "all compiled, in chunks": {"return_logits": False, "compile": "all"},
+    "compiled": {"compile": True},
+    "compiled, in chunks": {"return_logits": False, "compile": True},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("changes", [{}, QWEN3], ids=["gpt2", "qwen3"])
-def test_a_weighted_loss_is_the_sum_of_weighted_losses_of_torch_over_the_divisor(monkeypatch, way, changes):
+def test_a_weighted_loss_is_the_sum_of_weighted_losses_of_torch_over_the_divisor(monkeypatch, way):
     settings = {"return_logits": True, "divisor": 17, "dtype": torch.float32, **WAYS[way]}
-    model, x, y, weights = make(**changes).train(), tokens(3, 32), tokens(3, 32, seed=2), weighted(3, 32)
-    if changes:
-        shaken(model)
+    model, x, y, weights = make().train(), tokens(3, 32), tokens(3, 32, seed=2), weighted(3, 32)
     y[0, 5:20] = -1
     losses = F.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
     expected = (losses * weights.flatten()).sum() / 17
@@ -262,14 +257,8 @@ def test_a_weighted_loss_is_the_sum_of_weighted_losses_of_torch_over_the_divisor
 
     monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", 1010)
     model.activation_checkpointing = settings.get("activation_checkpointing", False)
-    network = model
-    if "compile" in settings:
-        if sys.platform != "linux":
-            pytest.skip("compiles on Linux only")
-        torch._dynamo.reset()
-        network = torch.compile(model) if settings["compile"] == "all" else model
-        for block in model.transformer.h if settings["compile"] == "blocks" else ():
-            block.compile()
+    # What is captured and differentiated is the compiler's; without code of its own, which would take 20 seconds
+    network = torch.compile(model, backend="aot_eager", fullgraph=True) if "compile" in settings else model
     half = settings["dtype"] == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = network(x, y, weights, settings["divisor"], settings["return_logits"])[1]
