@@ -6,11 +6,14 @@
     model.to_nanogpt_ckpt("out-tuned")  # python train.py --init_from=resume --out_dir=out-tuned
 
 The modules are model.py's own, so all that it computes is computed here: GPT-2 with and without biases, Qwen3, Llama.
-Weights keep nanoGPT's names, in safetensors too. Nothing else imports this file, and only this file needs transformers.
+Weights keep nanoGPT's names, in safetensors too. Nothing else imports this file, and only this file needs transformers:
+5.6 to 5.24 are tried. From 5.24 on it calls the cache of keys and values `cache`, before that `past_key_values`; either
+name is taken here. What a caller passes and is not computed here raises, in any release.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from pathlib import Path
@@ -31,11 +34,17 @@ except ModuleNotFoundError as missing:
     raise ImportError(f"hf.py needs the {missing.name} package: pip install -e .[transformers]") from missing
 
 
+_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+CACHE = "cache" if "cache" in _FIELDS else "past_key_values"  # from 5.24 on, and before
+# What goes to the loss. No parameters of forward's own: the Trainer would ask for each that has label in its name.
+LOSS_KEYWORDS = ("shift_labels", "num_items_in_batch")
+
+
 class NanoGPTConfig(PreTrainedConfig):
     """GPTConfig's fields under their names; transformers' names for them (hidden_size, …) work too."""
 
     model_type = "nanogpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
     attribute_map = {
         "max_position_embeddings": "block_size",
         "num_hidden_layers": "n_layer",
@@ -74,6 +83,10 @@ class NanoGPTConfig(PreTrainedConfig):
         for name, value in dataclasses.asdict(self.to_gpt()).items():  # what is 0 gets the value that it stands for
             setattr(self, name, value)
         super().__post_init__(**others)
+        # transformers keeps names that it does not know as attributes. A file may have such notes; a person means more.
+        is_file = "model_type" in others
+        if unknown := [n for n in others if n.startswith("rope_") or (n in vars(self) and not is_file)]:
+            raise TypeError(f"NanoGPTConfig does not know {' and '.join(unknown)}")
 
     @classmethod
     def from_gpt(cls, config: GPTConfig, **others) -> "NanoGPTConfig":
@@ -137,6 +150,13 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         self.transformer.wte = value
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *arguments, **keywords):
+        inputs = super().prepare_inputs_for_generation(*arguments, **keywords)
+        if (cache := inputs.get("cache")) is not None:  # PEFT 0.21 finds it, before each token, by its older name alone
+            inputs["past_key_values"] = cache
+        return inputs
+
     @can_return_tuple
     def forward(
         self,
@@ -148,32 +168,45 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        *,
+        cache: Cache | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **others,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), of the last `logits_to_keep` positions where that is not 0, and the mean loss in nats.
 
         input_ids (B, T), or inputs_embeds (B, T, C) in their place. attention_mask (B, P + T) is 0 where a token is
-        padding, left or right, P being the tokens that past_key_values holds; a mask (B, 1, T, …) is taken as it is.
-        position_ids (B or 1, T) count, by default, the tokens that are no padding. labels (B, T) are the input_ids
-        again, -100 where there is nothing to predict. Other keywords go to the loss: shift_labels (B, T) are targets as
-        train.py has them, each the token that follows; num_items_in_batch divides the sum, in place of their number.
+        padding, left or right, P being the tokens that the cache, by either of its names, holds; a mask (B, 1, T, …) is
+        taken as it is. position_ids (B or 1, T) count, by default, the tokens that are no padding. Without a mask, and
+        at the start of a row, a new text begins where they do not go on by one: it does not see those before. labels
+        (B, T) are the input_ids again, -100 where there is nothing to predict. LOSS_KEYWORDS: shift_labels (B, T) are
+        targets as train.py has them, each the token that follows; num_items_in_batch divides the sum of the losses, in
+        place of their number.
 
-        Raises ValueError where tokens do not fit in block_size, or for what is not computed.
+        Raises ValueError where tokens do not fit in block_size, or for what is not computed, TypeError for any other
+        keyword that is not None.
         """
-        if unknown := [name for name in ("output_attentions", "output_hidden_states") if others.pop(name, False)]:
-            raise ValueError(f"{' and '.join(unknown)}: only logits are given out")
+        for_loss = {name: others.pop(name, None) for name in LOSS_KEYWORDS}
+        if unknown := [name for name, value in others.items() if value is not None]:
+            raise TypeError(f"{type(self).__name__} does not know {' and '.join(unknown)}")
+        for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if getattr(self.config, name, False) if value is None else value:
+                raise ValueError(f"{name}: only logits are given out")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        cache = _one_of(cache, past_key_values)
         is_recomputed = self.gradient_checkpointing and self.training
-        if is_recomputed and past_key_values is not None:
+        if is_recomputed and cache is not None:
             raise ValueError("with gradient checkpointing a cache would take in the same tokens twice: leave it out")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None and not is_recomputed:
-            past_key_values = DynamicCache()
+        if use_cache and cache is None and not is_recomputed:
+            cache = DynamicCache()
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        before = 0 if cache is None else int(cache.get_seq_length())
         length, block_size = before + x.size(1), self.config.block_size
-        mask, position = _mask_and_position(attention_mask, before, length, x.device)
-        position = position if position_ids is None else position_ids
+        mask, position = _mask_and_position(attention_mask, position_ids, before, length, x.device)
         if length > block_size and (count := int(position.max()) + 1) > block_size:
             raise ValueError(f"{count} tokens do not fit in block_size {block_size}")
         rope = None
@@ -182,16 +215,16 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
         else:
             rope = tuple(table[position].unsqueeze(-2) for table in self._rope(x.device))
         x = self.transformer.drop(x)
-        seen = None if past_key_values is None and mask is None else SeenTokens(past_key_values, mask, length)
+        seen = None if cache is None and mask is None else SeenTokens(cache, mask, length)
         for block in self.transformer.h:
             x = self._gradient_checkpointing_func(block, x, rope, seen) if is_recomputed else block(x, rope, seen)
         x = self.transformer.ln_f(x)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(x[:, kept]), None
-        if labels is not None or others.get("shift_labels") is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.size(-1), **others)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        if labels is not None or for_loss["shift_labels"] is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.size(-1), **for_loss)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
 
     @classmethod
     def from_nanogpt_ckpt(cls, path: str | Path) -> "NanoGPTLMHeadModel":
@@ -252,28 +285,53 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
         return path
 
 
+def _one_of(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, by whichever name it came. Raises ValueError for two that are not one."""
+    if cache is None or past_key_values is None or cache is past_key_values:
+        return past_key_values if cache is None else cache
+    # With prefix tuning PEFT adds one that holds the prefix to that of generate(), which is still empty
+    filled = [each for each in (cache, past_key_values) if each.get_seq_length()]
+    if len(filled) != 1:
+        raise ValueError("past_key_values and cache are two names of one thing: give one of them")
+    return filled[0]
+
+
 def _mask_and_position(
-    attention_mask: torch.Tensor | None, before: int, length: int, device: torch.device
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    before: int,
+    length: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """For the T tokens from `before` up to `length`: which keys each sees, None if all up to its own; its position.
 
-    The mask is (T, length) or (B, 1, T, length), positions are (1, T) or (B, T).
+    The mask is (T, length) or (B, 1, T, length), positions are (1, T) or (B, T): position_ids, where they are given.
     """
     keys = torch.arange(length, device=device)
     queries = keys[before:]
+    position = queries[None] if position_ids is None else torch.atleast_2d(position_ids)
+    if position.size(-1) != len(queries):
+        raise ValueError(f"position_ids are of {position.size(-1)} tokens, and there are {len(queries)}")
     if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask[..., :length], queries[None]
-    if attention_mask is not None and attention_mask.size(1) != length:
-        raise ValueError(f"attention_mask is of {attention_mask.size(1)} tokens, and there are {length}")
+        return attention_mask[..., :length], position
+    if attention_mask is not None and attention_mask.shape[1:] != (length,):
+        shape = " x ".join(map(str, attention_mask.shape[1:]))
+        raise ValueError(f"attention_mask is of {shape} tokens, and there are {length}")
     is_whole = attention_mask is None or bool(attention_mask.all())
+    if attention_mask is None and position_ids is not None and before == 0:
+        text = (position.diff(prepend=position[:, :1] - 1) != 1).cumsum(-1)  # which of those in its row
+        if text.any():
+            return (keys <= queries[:, None]) & (text[:, None, None] == text[:, None, :, None]), position
     if is_whole and (before == 0 or len(queries) == 1):
-        return None, queries[None]
+        return None, position
     mask = keys <= queries[:, None]
     if is_whole:
-        return mask, queries[None]
+        return mask, position
     # Padding sees itself: to some kernels what sees nothing is NaN, and that would spread
     mask = mask & attention_mask[:, None, None].bool() | (keys == queries[:, None])
-    return mask, (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:]
+    if position_ids is None:
+        position = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:]
+    return mask, position
 
 
 AutoConfig.register(NanoGPTConfig.model_type, NanoGPTConfig, exist_ok=True)

@@ -46,7 +46,7 @@ def test_logits_loss_and_gradients_are_those_of_our_own_class(road):
     x, y = idx[:, :-1], idx[:, 1:]
     logits, loss = ours.train()(x, y)
     out = theirs.train()(x, shift_labels=y.contiguous())
-    assert torch.equal(out.logits, logits) and out.past_key_values is None
+    assert torch.equal(out.logits, logits) and getattr(out, hf.CACHE) is None
     torch.testing.assert_close(out.loss, loss, atol=1e-6, rtol=0)
     loss.backward()
     out.loss.backward()
@@ -70,14 +70,62 @@ def test_labels_are_shifted_masked_and_counted_as_transformers_does():
     assert loss.dim() == 0
 
 
-def test_what_is_not_computed_is_refused():
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+        {"attention_mask": torch.ones(1, 2)},
+        {"attention_mask": torch.ones(1, 3, 3)},
+        {"position_ids": torch.arange(2)[None]},
+        {"past_key_values": transformers.DynamicCache(), "cache": transformers.DynamicCache()},
+        {"inputs_embeds": torch.ones(1, 3, 64)},
+        {"token_type_ids": torch.zeros(1, 3).long()},
+        {"encoder_hidden_states": torch.ones(1, 3, 64)},
+        {"cu_seq_lens_q": torch.tensor([0, 3]), "max_length_q": 3},
+        {"is_causal": False},
+        {"atention_mask": torch.ones(1, 3)},
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_what_is_not_computed_is_refused_by_name(given):
     _, theirs = pair("gpt2")
-    with pytest.raises(ValueError, match="output_attentions"):
-        theirs(tokens(1, 3), output_attentions=True)
-    with pytest.raises(ValueError, match="attention_mask is of 2 tokens, and there are 3"):
-        theirs(tokens(1, 3), attention_mask=torch.ones(1, 2))
+    with pytest.raises((TypeError, ValueError), match=next(iter(given))):
+        theirs(tokens(1, 3), **given)
+    nothing = dict.fromkeys(given)
+    assert torch.equal(theirs(tokens(1, 3), **nothing).logits, theirs(tokens(1, 3)).logits)
+
+
+def test_a_config_of_what_is_not_computed_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="n_embd"):
         NanoGPTLMHeadModel(NanoGPTConfig(n_embd=10, n_head=3))
+    for mistaken in ({"n_layers": 3}, {"rope_scaling": {"type": "linear", "factor": 2.0}}):
+        with pytest.raises(TypeError, match=next(iter(mistaken))):
+            NanoGPTConfig(**mistaken)
+    theirs = NanoGPTLMHeadModel(NanoGPTConfig(n_layer=1, n_head=1, n_embd=8, output_hidden_states=True))
+    with pytest.raises(ValueError, match="output_hidden_states"):
+        theirs(tokens(1, 3))
+    theirs.config.note = "of a tool"  # which comes back from the file, as with every config of transformers
+    theirs.config.save_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).note == "of a tool"
+    assert NanoGPTConfig(n_layer=1, dtype="bfloat16", attn_implementation="sdpa", num_labels=3).n_layer == 1
+
+
+@pytest.mark.parametrize("road", ["gpt2", "qwen3"])
+def test_texts_in_one_row_do_not_see_each_other(road):
+    """Position ids that begin anew, as transformers' DataCollatorWithFlattening gives them."""
+    ours, theirs = pair(road)
+    idx, lengths = tokens(2, 12), (5, 1, 6)
+    position = torch.cat([torch.arange(length) for length in lengths])[None]
+    logits = theirs(idx, position_ids=position).logits
+    alone = torch.cat([ours(part, part)[0] for part in idx.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(logits, alone, atol=1e-4, rtol=0)
+    own = to_transformers(ours).train()  # in evaluation they separate texts only without a cache
+    torch.testing.assert_close(logits, own(idx, position_ids=position, use_cache=False).logits, atol=1e-4, rtol=0)
+    later = torch.arange(3, 15)[None]
+    assert theirs(idx[:1], position_ids=later).logits.shape == (1, 12, 101)
+    if road == "qwen3":  # rotations tell distances alone
+        torch.testing.assert_close(theirs(idx, position_ids=later).logits, ours(idx, idx)[0], atol=1e-4, rtol=0)
 
 
 @every_road
@@ -219,6 +267,32 @@ def test_greedy_text_is_that_of_our_own_class(road):
     assert torch.equal(out, theirs.generate(idx, max_new_tokens=15, do_sample=False, use_cache=False))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": 1},
+        {"prefill_chunk_size": 3},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True, "output_logits": True},
+    ],
+    ids=lambda how: next(iter(how)),
+)
+@pytest.mark.parametrize("road", ["gpt2", "qwen3"])
+def test_other_ways_to_greedy_text_give_the_same(road, how):
+    ours, theirs = pair(road)
+    idx = tokens(1, 7)
+    if "assistant_model" in how:
+        how = {"assistant_model": pair(road, n_layer=1)[1]}
+    out = theirs.generate(idx, max_new_tokens=15, do_sample=False, pad_token_id=0, **how)
+    text = out if torch.is_tensor(out) else out.sequences
+    assert torch.equal(text, ours.generate(idx, 15, temperature=0))
+    if not torch.is_tensor(out):  # and from the cache that it gives out, it goes on
+        torch.testing.assert_close(torch.stack(out.logits, 1), ours(text, text)[0][:, 6:-1], atol=1e-3, rtol=0)
+        more = {hf.CACHE: getattr(out, hf.CACHE), "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(theirs.generate(text, **more), ours.generate(idx, 25, temperature=0))
+
+
 @pytest.mark.parametrize("road", ["gpt2 without biases", "qwen3", "llama untied, grouped"])
 def test_beam_search_is_that_of_transformers_own_class(road):
     ours, theirs = pair(road)
@@ -255,17 +329,24 @@ def test_padded_on_the_left_each_prompt_goes_on_as_it_does_alone(road, cache):
         torch.testing.assert_close(logits, theirs(prompt).logits[0], atol=1e-4, rtol=0)
 
 
-def test_tokens_may_come_in_any_portions_with_padding_on_either_side():
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_tokens_may_come_in_any_portions_with_the_cache_by_either_name(name):
     ours, theirs = pair("qwen3")
     idx = tokens(2, 30)
     expected = ours(idx, idx)[0]
     for sizes in ([30], [10, 20], [1, 1, 8, 1, 19]):
         cache, logits = transformers.DynamicCache(), []
         for part in idx.split(sizes, dim=1):
-            out = theirs(part, past_key_values=cache, use_cache=True)
-            assert out.past_key_values is cache
+            out = theirs(part, **{name: cache}, use_cache=True)
+            assert getattr(out, hf.CACHE) is cache
             logits.append(out.logits)
         torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=0)
+
+
+def test_padding_may_be_on_the_right_and_embeddings_may_be_given():
+    ours, theirs = pair("qwen3")
+    idx = tokens(2, 30)
+    expected = ours(idx, idx)[0]
     mask = torch.ones(2, 30).long()
     mask[1, 20:] = 0
     torch.testing.assert_close(theirs(idx, attention_mask=mask).logits[1, :20], expected[1, :20], atol=1e-4, rtol=0)
@@ -278,7 +359,7 @@ def test_in_bfloat16_the_cache_is_bfloat16_too(tmp_path):
     theirs.save_pretrained(tmp_path)
     halved, idx = NanoGPTLMHeadModel.from_pretrained(tmp_path, dtype=torch.bfloat16), tokens(2, 8)
     out, expected = halved(idx), ours(idx, idx)[0]
-    kept = out.past_key_values.layers[1]
+    kept = getattr(out, hf.CACHE).layers[1]
     assert {out.logits.dtype, kept.keys.dtype, kept.values.dtype} == {torch.bfloat16}
     assert (out.logits.float() - expected).abs().mean() < 0.05 * expected.std()
 
@@ -318,10 +399,12 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(road, reentrant):
         torch.testing.assert_close(found[0][1:], found[1][1:], atol=1e-5, rtol=1e-5)
     else:
         assert same(found[0][1:], found[1][1:])
-    with pytest.raises(ValueError, match="cache"):
-        theirs(tokens(1, 3), past_key_values=transformers.DynamicCache())
-    theirs.gradient_checkpointing_disable()
-    assert theirs(tokens(1, 3), past_key_values=transformers.DynamicCache()).logits.isfinite().all()
+    for name in ("cache", "past_key_values"):
+        theirs.gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match="cache"):
+            theirs(tokens(1, 3), **{name: transformers.DynamicCache()})
+        theirs.gradient_checkpointing_disable()
+        assert theirs(tokens(1, 3), **{name: transformers.DynamicCache()}).logits.isfinite().all()
 
 
 def test_padding_is_masked_in_bfloat16_training_too():
@@ -374,6 +457,51 @@ def test_the_trainer_of_transformers_gives_the_losses_of_train_py(tiny, train, a
     assert len(losses) == 20 and expected[0] - expected[-1] > 0.5
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-4
     assert steps[7]["grad_norm"] == pytest.approx(trainer.state.log_history[7]["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}, {"label_smoothing_factor": 0.1}])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_trainer_evaluates_and_predicts(how, tmp_path):
+    pytest.importorskip("accelerate")
+    ours, theirs = pair("gpt2")
+    idx = tokens(6, 16)
+    rows = [{"input_ids": row, "labels": row, "token_type_ids": 0 * row} for row in idx]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, per_device_eval_batch_size=3, max_steps=1,
+        learning_rate=0.0, weight_decay=0.0, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False, **how,
+    )  # fmt: skip
+    trainer = transformers.Trainer(theirs, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    if not how.get("label_smoothing_factor"):
+        assert loss == pytest.approx(ours(idx[:, :-1], idx[:, 1:])[1].item(), abs=1e-5)
+    told = trainer.predict(rows)
+    assert told.predictions.shape == (6, 16, 101)  # the logits, without a cache
+    np.testing.assert_allclose(told.predictions, ours(idx, idx)[0].detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_prompts_that_are_trained_are_seen(kind):
+    peft = pytest.importorskip("peft")
+    _, theirs = pair("qwen3")
+    wanted = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    model = peft.get_peft_model(theirs, wanted(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    idx = tokens(2, 8)
+    mask = torch.ones_like(idx)
+    before = model.eval()(input_ids=idx, attention_mask=mask).logits[:, -8:]
+    assert (before - theirs(idx).logits).abs().max() > 0.1
+    for _ in range(8):
+        loss = model.train()(input_ids=idx, attention_mask=mask, labels=idx).loss
+        loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    text = idx
+    for _ in range(6):  # without a cache of its own
+        logits = model.eval()(input_ids=text, attention_mask=torch.ones_like(text)).logits
+        text = torch.cat((text, logits[:, -1:].argmax(-1)), 1)
+    told = {"input_ids": idx, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**told), text)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
