@@ -56,7 +56,8 @@ def test_only_the_adapters_are_trained(kind):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-def test_the_loss_in_chunks_leaves_a_frozen_head_alone(monkeypatch):
+@pytest.mark.parametrize("weights", [(), (torch.tensor([1.0, 0.0, -2.0, 0.5] * 8).view(2, 16), 7)], ids=["", "weights"])
+def test_the_loss_in_chunks_leaves_a_frozen_head_alone(monkeypatch, weights):
     import model as model_module
 
     monkeypatch.setattr(model_module, "LOSS_CHUNK_LOGITS", 50)
@@ -65,7 +66,7 @@ def test_the_loss_in_chunks_leaves_a_frozen_head_alone(monkeypatch):
     grads = []
     for return_logits in (True, False):
         model.zero_grad()
-        model(idx, idx, return_logits=return_logits)[1].backward()
+        model(idx, idx, *weights, return_logits=return_logits)[1].backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
