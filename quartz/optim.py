@@ -70,7 +70,7 @@ class Muon(torch.optim.Optimizer):
 
     A group of Muon's: `parts` gives for each of its matrices the rows of those that were fused into it, each of which
     is orthogonalised by itself. Keys: lr, momentum, weight_decay (decoupled). A part (rows, columns) moves by
-    lr * sqrt(max(1, rows / columns)) times an orthogonal matrix.
+    lr * sqrt(max(1, rows / columns)) times an orthogonal matrix. A step computes in place of its matrices' gradients.
     """
 
     # Such as load no compiler
@@ -108,10 +108,12 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta, grads = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
+        # Element by element each process works on its own part: not every release of torch has these for divided ones
+        own = ranks.own_part
+        momenta, grads = [own(self.state[p]["momentum_buffer"]) for p in parameters], [own(p.grad) for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's: one step ahead
-        updates = [ranks.whole(update) for update in updates]
+        torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov's: one step ahead
+        updates = [ranks.whole(p.grad) for p in parameters]
         places: dict[tuple[int, int], list[torch.Tensor]] = {}  # parts of one shape, lying down, to go in one batch
         for update, rows in zip(updates, sizes, strict=True):
             for part in update.split(rows):
@@ -123,9 +125,10 @@ class Muon(torch.optim.Optimizer):
         for update, rows in zip(updates, sizes, strict=True):
             for part in update.split(rows):
                 part.mul_(math.sqrt(max(1.0, part.size(0) / part.size(1))))
+        updates = [own(ranks.divided_like(update, p)) for update, p in zip(updates, parameters, strict=True)]
+        parameters = [own(p) for p in parameters]
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        updates = [ranks.divided_like(update, p) for update, p in zip(updates, parameters, strict=True)]
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
 

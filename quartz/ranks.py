@@ -94,6 +94,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that may be divided, in the same memory."""
+    return tensor.to_local() if is_divided(tensor) else tensor
+
+
 def divided_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """A whole tensor, equal on all processes, divided among them as `model` is."""
     if not is_divided(model):

@@ -40,8 +40,7 @@ def save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
     if isinstance(model, FSDPModule):
         model.reshard()  # after an evaluation, parameters outside of blocks are still whole
     tensors = _tensors(model, optimizer)
-    parts = {name: tensor.to_local() if ranks.is_divided(tensor) else tensor for name, tensor in tensors.items()}
-    bad = [name for name, part in parts.items() if not part.isfinite().all()]
+    bad = [name for name, tensor in tensors.items() if not ranks.own_part(tensor).isfinite().all()]
     if ranks.any_of(bool(bad), next(model.parameters()).device):  # which also waits for all
         which = ", ".join(bad) or "a tensor of another rank"
         raise UserError(f"the run diverged: {which} is not finite; what {folder.parent} holds was left as it was")
