@@ -36,6 +36,7 @@ from model import CAUSAL_MASKS, GPT, GPT2_MODELS, GPTConfig
 from optimizer import moment_names
 
 BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"
+KEPT = "what was saved before is untouched"
 ZIP_FOLDER = 0x10  # among an archive entry's external attributes
 # nanoGPT may store best_val_loss as a numpy scalar: a dtype and its bytes, no code.
 _NUMPY_SCALAR = [
@@ -54,10 +55,11 @@ def claimed(out_dir: str) -> Iterator[None]:
     Raises UserError where another run does.
     """
     with files.claimed(out_dir, "run") as is_certain:
-        for leftover in Path(out_dir).glob("*.pt.tmp") if is_certain else ():
-            leftover.unlink()
-        for leftover in Path(out_dir).glob("*.dcp.tmp") if is_certain else ():
-            shutil.rmtree(leftover)
+        with files.writing(out_dir):
+            for leftover in Path(out_dir).glob("*.pt.tmp") if is_certain else ():
+                leftover.unlink()
+            for leftover in Path(out_dir).glob("*.dcp.tmp") if is_certain else ():
+                shutil.rmtree(leftover)
         yield
 
 
@@ -66,23 +68,20 @@ def save(path: Path, state: dict) -> None:
 
     Raises UserError where the disk refuses, or a tensor is not finite; the old file is then still there.
     """
+    with files.writing(path, KEPT):
+        write(path, state)
+
+
+def write(path: Path, state: dict) -> None:
+    """As save; raises OSError, or a library's error that stands for one, where the disk refuses."""
     for name, tensor in _tensors("", state):
         if not tensor.isfinite().all():
             raise UserError(
                 f"the run diverged: {name} is not finite, and {path} was left as it was; lower learning_rate and resume"
             )
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        try:
-            with open(partial, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            files.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
+    # Into a file, not to a name: then what the operating system says stands behind the error of torch's zip writer
+    with files.whole(path) as partial, open(partial, "wb") as file:
+        torch.save(state, file)
 
 
 def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Optimizer, is_master: bool) -> None:
@@ -93,19 +92,21 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
     import sharding
 
     partial, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    if is_master:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
+        with files.writing(path, KEPT):
+            steps = sharding.save(partial, model, optimizer)
+            if is_master:
+                write(partial / "plain.pt", {"model": {}, **plain, "steps": steps})
+                if path.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.replace(path, old)
+                files.replace(partial, path)
+                drop_other_forms(path)
+    finally:
         if is_master:
             shutil.rmtree(partial, ignore_errors=True)
-        steps = sharding.save(partial, model, optimizer)
-        if is_master:
-            save(partial / "plain.pt", {"model": {}, **plain, "steps": steps})
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(path, old)
-            files.replace(partial, path)
-            drop_other_forms(path)
-    except (OSError, sharding.CheckpointException) as error:
-        raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
 
 
 def drop_other_forms(path: Path) -> None:
@@ -125,16 +126,15 @@ def _tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
 
 def prepare_folder(out_dir: str) -> None:
     """Creates out_dir and makes sure that a file can be written there."""
-    try:
+    with files.writing(f"out_dir {out_dir!r}"):
         os.makedirs(out_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()
-    except (OSError, ValueError) as error:
-        raise UserError(f"out_dir {out_dir!r} can't be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def began(out_dir: str, launch: str) -> None:
     """Notes in out_dir which launch its run belongs to; torchrun's restarts of it find that by `is_of`."""
-    (Path(out_dir) / LAUNCH).write_text(launch, encoding="utf-8")
+    with files.writing(Path(out_dir) / LAUNCH):
+        (Path(out_dir) / LAUNCH).write_text(launch, encoding="utf-8")
 
 
 def forget_launch(out_dir: str) -> None:
@@ -159,12 +159,10 @@ def set_aside(out_dir: Path) -> None:
     names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
     folder = next(out_dir / name for name in names if not (out_dir / name).exists())
     print(f"{out_dir} holds an earlier run; it is moved to {folder}")
-    try:
+    with files.writing(folder):
         folder.mkdir()
         for path in found:
             os.replace(path, folder / path.name)
-    except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
 
 
 def to_use(out_dir: str) -> Path:
