@@ -7,7 +7,8 @@
 Without --nanogpt the peer is this model, used as nanoGPT would use it here. In training: all logits held at once; on a
 CPU in float32, uncompiled, with the unfused AdamW. In decoding: the whole context computed anew for each token, in
 float32 on a CPU; of its tokens only every 16th is computed. The two take turns, round after round, so that a drift of
-the machine's speed meets both; the figure is the median over the rounds. The last line is JSON.
+the machine's speed meets both; the figure is the median over the rounds. Standard output is a line of JSON; the same
+for reading goes to standard error.
 """
 
 import configurator
@@ -41,6 +42,7 @@ profile = False  # print what our step spends its time on, instead of comparing
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -176,7 +178,8 @@ def train_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[], 
     if place.type == "cuda":
         record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # ours alone, before the peer is there
     torch.manual_seed(seed)
-    peer, tokens = peer_step(place), batch_size * block_size
+    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT's tells of its parameters
+        peer, tokens = peer_step(place), batch_size * block_size
     timed(peer, source, 2)
     if peak := machine.peak_flops(place, machine.pick_dtype(dtype, place)):
         record["mfu_of"] = lambda seconds: model.estimate_mfu(batch_size, seconds * tokens, peak)
@@ -186,7 +189,8 @@ def train_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[], 
 def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[], float], dict]:
     """As train_turns."""
     model = GPT(dataclasses.replace(our_config(), dropout=0.0)).eval()
-    peer = peer_model(place).eval()
+    with contextlib.redirect_stdout(sys.stderr):
+        peer = peer_model(place).eval()
     kept = machine.pick_dtype(dtype, place)
     engine = compiled.prepare(model, place, kept, quantize == "int8", batch_size, 10**9, compile)  # whatever it costs
     prompt = torch.randint(vocab_size, (1, 1), generator=torch.Generator().manual_seed(seed)).to(place)
@@ -226,12 +230,13 @@ def main() -> None:
     ratio = statistics.median(b / a for a, b in pairs)
     name = "nanoGPT" if nanogpt else "plain step" if mode == "train" else "full forward"
     for who, seconds in (("ours", ours_s), (name, peer_s)):
-        print(f"{who + ':':<14} {1000 * seconds:10.4f} ms/token {1 / seconds:12,.1f} tokens/s")
-    print(f"{'ratio:':<14} {ratio:10.2f}x (median of {rounds} rounds)")
+        print(f"{who + ':':<14} {1000 * seconds:10.4f} ms/token {1 / seconds:12,.1f} tokens/s", file=sys.stderr)
+    print(f"{'ratio:':<14} {ratio:10.2f}x (median of {rounds} rounds)", file=sys.stderr)
     if mode == "decode":
         read = record["weight_bytes"] / (batch_size * ours_s)
         record["memory_share"] = read / record["memory_bytes_per_s"]
-        print(f"{'weights read:':<14} {read / 1e9:10.1f} GB/s, {record['memory_share']:.0%} of what a plain sum reads")
+        share = f"{record['memory_share']:.0%} of what a plain sum reads"
+        print(f"{'weights read:':<14} {read / 1e9:10.1f} GB/s, {share}", file=sys.stderr)
     if mfu_of := record.pop("mfu_of", None):
         record["mfu"] = mfu_of(ours_s)
     record |= {"mode": mode, "ratio": ratio, "peer": name, "tokens_per_s": 1 / ours_s, "peer_tokens_per_s": 1 / peer_s}

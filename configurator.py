@@ -55,6 +55,11 @@ RANGES = {
     "schedule": (lambda value: value in ("cosine", "wsd"), "cosine or wsd"),
     "quantize": (lambda value: value in ("", "int8"), "int8, or empty"),
 }
+NO_MORE = {  # what no program can help
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EROFS: "the disk is for reading only",
+}
 
 
 class UserError(Exception):
@@ -67,7 +72,8 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors():
-    """Ends the program with one line a problem on stderr and exit status 2 on a UserError. A bug raises."""
+    """Ends the program with one line a problem on stderr and exit status 2 on a UserError, or where the machine has no
+    room: on the disk, or in memory. A bug raises."""
     try:
         yield
         sys.stdout.flush()
@@ -76,30 +82,56 @@ def user_errors():
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        _drop_output()
+        _drop_unwritten()
         sys.exit(141)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not (problem := _problem_of_machine(error)):
             raise
-        _drop_output()
-        _exit(f"the disk is full: {error.filename or 'standard output'}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "out of memory|not enough memory|can't allocate memory", str(error)
-        ):
-            raise
-        _exit(f"not enough memory; lower the sizes of model or batch ({error})")
+        _exit(problem)
+
+
+def _problem_of_machine(error: Exception) -> str:
+    """The line for memory that runs out, or for a disk that takes no more, whoever tells of it; empty for a bug."""
+    no_memory = "out of memory|not enough memory|can't allocate memory"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(no_memory, str(error))):
+        return f"not enough memory; lower the sizes of model or batch ({error})"
+    behind = os_error(error)
+    if not isinstance(error, PermissionError) and (behind is None or behind.errno not in NO_MORE):
+        return ""
+    what = behind.filename or ("standard output" if behind is error else "a file")  # files.writing names all others
+    return f"{what} can't be written: {in_words(behind)}"
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """What the operating system has said behind an error: libraries raise one of their own. None where it has not."""
+    while error is not None and not isinstance(error, OSError):
+        if number := re.search(r"\(os error (\d+)\)", str(error)):  # as libraries that are written in Rust pass it on
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def in_words(error: OSError) -> str:
+    """Why the operating system refuses, as far as possible as a person would say it."""
+    reason = error.strerror or str(error)
+    return f"{NO_MORE[error.errno]} ({reason})" if error.errno in NO_MORE else reason
 
 
 def _exit(*problems: str) -> None:
-    for problem in problems:
-        print("error: " + " ".join(problem.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # where they can't be told either
+        for problem in problems:
+            print("error: " + " ".join(problem.split()), file=sys.stderr)
+    _drop_unwritten()
     sys.exit(2)
 
 
-def _drop_output() -> None:
-    """Sends what standard output still holds to nowhere: flushing it at exit would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_unwritten() -> None:
+    """Sends to nowhere what an output refuses: flushing it at exit would fail again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _set_up_terminal() -> None:
@@ -177,7 +209,7 @@ def _configure(scope: dict, argv: list[str]) -> set[str]:
     scope.update({name: now[name] for name in given})
     if os.environ.get("RANK", "0") == "0":
         for name in sorted(given):
-            print(f"Overriding: {name} = {scope[name]!r}")
+            print(f"Overriding: {name} = {scope[name]!r}", file=sys.stderr)  # standard output is for results
     return given
 
 

@@ -7,7 +7,8 @@ torchrun --standalone --nproc_per_node=8 eval.py --out_dir=out --batch_size=32 -
 
 Each token but the first is predicted once: window k begins at token k * stride, and counts what no window before it has
 predicted. The loss is the mean over tokens, in nats; perplexity is e to the loss. Bits per byte, the loss of all tokens
-over the bytes of text that they stand for, compares models with different tokenizers. The last line is JSON.
+over the bytes of text that they stand for, compares models with different tokenizers. Standard output is a line of
+JSON; the same for reading goes to standard error.
 
 Of a data set with a mask only its targets count; of one with rows, each row is a window by itself.
 """
@@ -229,7 +230,8 @@ def main() -> None:
         if processes.is_master:
             record = figures(loss, n_tokens, n_bytes)
             shown = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in record.items() if value is not None]
-            print(f"{', '.join(shown)} over {n_tokens:,} tokens of {text.name}, {n_tokens / seconds:,.0f} tokens/s")
+            where_and_how_fast = f"{n_tokens:,} tokens of {text.name}, {n_tokens / seconds:,.0f} tokens/s"
+            print(f"{', '.join(shown)} over {where_and_how_fast}", file=sys.stderr)
             record |= {"tokens": n_tokens, "bytes": n_bytes if tokens else None, "windows": full + (last > 0)}
             record |= {"stride": step, "block_size": T, "init_from": init_from, "dataset": name}
             record |= {"split": None if source else split, "source": source or None}

@@ -25,7 +25,7 @@ import json
 import math
 import os
 import pickle
-import tempfile
+import sys
 from pathlib import Path
 
 import torch
@@ -87,11 +87,15 @@ def target() -> Path:
     return Path(path) if path else Path(out_dir) / NAMES[to].format(DTYPES.get(full_dtype(), dtype))
 
 
+def note(remark: str) -> None:
+    print(f"note: {remark}", file=sys.stderr)
+
+
 def without_padding(config: GPTConfig, state: dict[str, torch.Tensor], tokens: Tokenizer | None) -> None:
     """Leaves out, in place, the rows of the vocabulary that no token has, so that no other program draws them."""
     if not tokens or tokens.vocab_size == config.vocab_size:
         return
-    print(f"{config.vocab_size - tokens.vocab_size} rows of the vocabulary are no token's, and left out")
+    note(f"{config.vocab_size - tokens.vocab_size} rows of the vocabulary are no token's, and left out")
     config.vocab_size = tokens.vocab_size
     for name in ("transformer.wte.weight", "lm_head.weight"):
         state[name] = state[name][: tokens.vocab_size]
@@ -106,7 +110,8 @@ def write_safetensors(place: Path, config: GPTConfig, state: dict[str, torch.Ten
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     if config.tie_embeddings:
         del state["lm_head.weight"]
-    files.write(place, save(state, about))
+    with files.writing(place):
+        files.write(place, save(state, about))
 
 
 def read_safetensors(place: Path) -> tuple[GPT, dict | None]:
@@ -140,29 +145,25 @@ def write_nanogpt(place: Path, model: GPT, tokens: dict | None, state: dict) -> 
         "config": state.get("config", {}),
         "tokenizer": tokens,
     }
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
-        partial = Path(folder) / place.name
-        partial.mkdir()
-        checkpoint.save(partial / run_folder.BEST, contents)
+    with files.writing(place), files.whole_folder(place) as partial:
+        checkpoint.write(partial / run_folder.BEST, contents)
         if tokens and tokens["type"] == "char":
             meta = CharTokenizer(tokens["chars"], tokens.get("specials", [])).to_nanogpt()
             files.write(partial / "meta.pkl", pickle.dumps(meta))
-        files.replace(partial, place)
-    print(
-        "nanoGPT computes GELU in its erf form, this model was trained with the tanh form: losses differ by some 0.0001"
-    )
+    note("nanoGPT computes GELU in its erf form, this model was trained with the tanh form: losses differ by some 1e-4")
 
 
 def export() -> None:
     model, data, state = sources.model_and_tokenizer(init_from, out_dir, adapter)
     place, config = target(), model.config
-    place.parent.mkdir(parents=True, exist_ok=True)
+    with files.writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
     if to == "nanogpt":
         write_nanogpt(place, model, data, state)
     else:
         tokens = tokenizers.from_data(data) if data else None
         if not tokens:
-            print("note: no tokenizer is known for this model, and none is written")
+            note("no tokenizer is known for this model, and none is written")
         kept = getattr(torch, full_dtype()) if to != "gguf" else torch.float32
         weights = {name: tensor.to(kept) for name, tensor in model.state_dict().items()}
         if lost := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
@@ -170,7 +171,7 @@ def export() -> None:
         if to in ("hf", "gguf"):
             without_padding(config, weights, tokens)
             if config.arch == "gpt2" and not config.bias:
-                print("the biases that this model does not have are written as zeros")
+                note("the biases that this model does not have are written as zeros")
         if to == "hf":
             hf_folder.write(place, config, weights, tokens)
         elif to == "safetensors":
@@ -181,7 +182,7 @@ def export() -> None:
             short = DTYPES.get(full_dtype(), dtype)
             gguf.write(place, config, weights, tokens, short, Path(out_dir).resolve().name)
             if config.arch == "gpt2" and config.block_size % 256:
-                print(f"llama.cpp can't go beyond this model's {config.block_size} positions: bound the text with -n")
+                note(f"llama.cpp can't go beyond this model's {config.block_size} positions: bound the text with -n")
     print(f"wrote {place}")
 
 
@@ -195,11 +196,9 @@ def bring() -> None:
     if data:
         tokenizers.check_data(data, model.config.vocab_size)
     else:
-        print("note: it has no tokenizer that could come along")
+        note("it has no tokenizer that could come along")
     if data and data["type"] == "bpe" and tokenizers.END_OF_TEXT not in data["specials"]:
-        print(
-            f"note: none of its tokens is called {tokenizers.END_OF_TEXT}: what ends a text is not known from here on"
-        )
+        note(f"none of its tokens is called {tokenizers.END_OF_TEXT}: what ends a text is not known from here on")
     run_folder.prepare_folder(out_dir)
     contents = {"model": model.state_dict(), "model_args": model.config.to_args(), "iter_num": 0}
     contents |= {"best_val_loss": math.inf, "config": {}, "tokenizer": data}
@@ -216,8 +215,6 @@ def main() -> None:
         bring() if from_ else export()
     except ModuleNotFoundError as error:
         raise UserError(f"this needs the {error.name} package: pip install -e .[hf]") from error
-    except OSError as error:
-        raise UserError(f"{error.filename or path or out_dir} can't be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ configurator.configure(globals(), [argument for argument in sys.argv[1:] if argu
 from pathlib import Path
 
 from configurator import UserError
-from quartz import curves
+from quartz import curves, files
 
 
 def check_settings(folders: list[Path]) -> None:
@@ -47,11 +47,10 @@ def main() -> None:
     path = Path(out) if out else (folders[0] if len(folders) == 1 else Path()) / curves.PICTURE
     runs = [curves.read(folder, name) for folder, name in zip(folders, curves.names_of(folders), strict=True)]
     try:
-        curves.write(runs, path)
+        with files.writing(path, "what was there is untouched"):
+            curves.write(runs, path)
     except ModuleNotFoundError as error:
         raise UserError(f"drawing needs the {error.name} package: pip install -e .[plot]") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from error
     print(f"drew {path}")
 
 

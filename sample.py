@@ -42,7 +42,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, Sampling
-from quartz import compiled, machine, sources, tokenizer
+from quartz import compiled, files, machine, sources, tokenizer
 
 GPU_CHUNK = 16  # tokens that a GPU is ahead of what is shown, so that it need not wait
 SEPARATOR = "---------------"
@@ -71,6 +71,8 @@ def check_settings() -> None:
     looks = [lambda: machine.check_machine(device, dtype), read_prompts]
     if quantize:
         looks.append(check_quantize)
+    if logprobs:
+        looks.append(check_report)
     looks.append(lambda: sources.check(init_from, out_dir))
     configurator.check(rules, looks)
 
@@ -139,15 +141,13 @@ def generate(model: GPT, engine, rows: list[list[int]], vocab_size: int, ahead: 
             ids, given = [], []
 
 
-def write_report(text: str, is_final: bool) -> None:
-    """Writes beside `logprobs`, and at the end in its place: what was there before is kept until then."""
-    partial = f"{logprobs}.tmp"
-    try:
-        Path(partial).write_text(text, encoding="utf-8")
-        if is_final:
-            os.replace(partial, logprobs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"logprobs={logprobs}: {getattr(error, 'strerror', None) or error}") from error
+def check_report() -> None:
+    """Raises UserError where logprobs can't be written: that is to show before the work, not after it."""
+    if os.path.isdir(logprobs):
+        raise UserError(f"logprobs={logprobs} is a folder: name a file")
+    with files.writing(f"logprobs={logprobs}"):
+        Path(f"{logprobs}.tmp").touch()
+        Path(f"{logprobs}.tmp").unlink()
 
 
 def main() -> None:
@@ -164,8 +164,6 @@ def main() -> None:
     ids = encode(prompts, tokens, model.config.block_size)
     check_memory(model, len(ids) * num_samples, max(map(len, ids)) + max_new_tokens, place)
     rows = [prompt for prompt in ids for _ in range(num_samples)]
-    if logprobs:
-        write_report("", is_final=False)  # that it can be written shows before the work, not after it
     engine = compiled.prepare(model.eval(), place, kept, quantize == "int8", len(rows), max_new_tokens, compile)
     streams = [tokenizer.TextStream(tokens, stops()) for _ in rows]
     texts = [prompts[n // num_samples] for n in range(len(rows))]  # what is still to be shown of each
@@ -209,7 +207,8 @@ def main() -> None:
             pieces = [tokens.token_bytes(i).decode("utf-8", "replace") for i in its_ids]
             line = {"prompt": prompts[row // num_samples], "ids": its_ids, "tokens": pieces, "logprobs": its_logprobs}
             lines.append(json.dumps(line) + "\n")
-        write_report("".join(lines), is_final=True)
+        with files.writing(f"logprobs={logprobs}", "what was there is untouched"):
+            files.write(Path(logprobs), "".join(lines).encode())
     rate = len(rows) * steps / seconds
     print(f"{len(rows)} x {steps} tokens in {seconds:.2f} s, {rate:,.0f} tokens/s", file=sys.stderr)
 

@@ -23,6 +23,8 @@ from quartz import files, lora, ranks, untrusted
 from quartz.hf_layout import CAUSAL_MASKS
 from quartz.optim import moment_names
 
+KEPT = "what was saved before is untouched"
+
 
 @dataclasses.dataclass
 class Progress:
@@ -55,23 +57,20 @@ def save(path: Path, state: dict) -> None:
 
     Raises UserError where the disk refuses, or a tensor is not finite; the old file is then still there.
     """
+    with files.writing(path, KEPT):
+        write(path, state)
+
+
+def write(path: Path, state: dict) -> None:
+    """As save; raises OSError, or a library's error that stands for one, where the disk refuses."""
     for name, tensor in _tensors("", state):
         if not tensor.isfinite().all():
             raise UserError(
                 f"the run diverged: {name} is not finite, and {path} was left as it was; lower learning_rate and resume"
             )
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        try:
-            with open(partial, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            files.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
+    # Into a file, not to a name: then what the operating system says stands behind the error of torch's zip writer
+    with files.whole(path) as partial, open(partial, "wb") as file:
+        torch.save(state, file)
 
 
 def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Optimizer, is_master: bool) -> None:
@@ -82,19 +81,21 @@ def save_shards(path: Path, plain: dict, model: GPT, optimizer: torch.optim.Opti
     from quartz import sharding
 
     partial, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    if is_master:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
+        with files.writing(path, KEPT):
+            steps = sharding.save(partial, model, optimizer)
+            if is_master:
+                write(partial / "plain.pt", {"model": {}, **plain, "steps": steps})
+                if path.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.replace(path, old)
+                files.replace(partial, path)
+                drop_other_forms(path)
+    finally:
         if is_master:
             shutil.rmtree(partial, ignore_errors=True)
-        steps = sharding.save(partial, model, optimizer)
-        if is_master:
-            save(partial / "plain.pt", {"model": {}, **plain, "steps": steps})
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(path, old)
-            files.replace(partial, path)
-            drop_other_forms(path)
-    except (OSError, sharding.CheckpointException) as error:
-        raise UserError(f"{path} could not be written ({error}); what was saved before is untouched") from error
 
 
 def drop_other_forms(path: Path) -> None:

@@ -7,7 +7,6 @@ Every few seconds the place is noted that all on disk stems from: a preparation 
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -51,6 +50,7 @@ SAVE_SECONDS = 5.0  # between two notes of the place
 TRAINING_CHARS = 10**9  # that a BPE is trained on, at the most
 REPORT_CHARS = 2**22  # held-out text that tokenizers are compared on
 NOTE = "prepare.json"  # the place, in the data set's folder
+AGAIN = "run it again when it can, and it goes on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +122,15 @@ class Shards:
     def write(self, split: str, ids: np.ndarray) -> None:
         while len(ids):
             number, filled = divmod(self.counts[split]["tokens"], self.shard_tokens)
-            if split not in self._files:
-                self._files[split] = open(self._path(split, number), "ab")  # noqa: SIM115 - open until it is full
             part, ids = ids[: self.shard_tokens - filled], ids[self.shard_tokens - filled :]
-            self._files[split].write(part.astype(self.dtype).tobytes())
-            self.counts[split]["tokens"] += len(part)
-            if filled + len(part) == self.shard_tokens:
-                self.sync()
-                self._files.pop(split).close()
+            with files.writing(self._path(split, number), AGAIN):
+                if split not in self._files:
+                    self._files[split] = open(self._path(split, number), "ab")  # noqa: SIM115 - open until it is full
+                self._files[split].write(part.astype(self.dtype).tobytes())
+                self.counts[split]["tokens"] += len(part)
+                if filled + len(part) == self.shard_tokens:
+                    self.sync()
+                    self._files.pop(split).close()
 
     def sync(self) -> None:
         """What was written reaches the disk."""
@@ -155,7 +156,7 @@ class Shards:
 
 def write_dataset(folder: Path, splits: dict[str, list[int]], tokenizer: Tokenizer) -> None:
     """Writes {train,val}.bin and meta.json for token ids by split, in an order that leaves nothing half-finished."""
-    with _disk_errors(folder):
+    with files.writing(folder, AGAIN):
         shards = Shards(folder, _dtype(tokenizer), max(map(len, splits.values())) + 1)
         for split, ids in splits.items():
             shards.write(split, np.array(ids, dtype=np.uint32))
@@ -209,16 +210,6 @@ def _rename(folder: Path, names: dict[str, str]) -> None:
     (folder / NOTE).unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder} can't be written: {error.strerror or error}; run it again when it can, and it goes on"
-        ) from error
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # From one to the other
 
@@ -254,10 +245,8 @@ def prepare(
         check([(False, line) for line in recipe.problems()], [lambda: paths.extend(files_of(source))])
     else:
         check([(False, line) for line in recipe.problems()])
-    try:
+    with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} can't be made: {error.strerror}") from error
     with files.claimed(folder, "preparation"):
         Preparation(folder, paths if by_source else fetched(), recipe, validation).run()
 
@@ -284,7 +273,7 @@ class Preparation:
         return sum(len(piece.text.encode("utf-8", "replace")) for piece in pieces_of(self.paths[0], self.recipe.field))
 
     def run(self) -> None:
-        with _disk_errors(self.folder):
+        with files.writing(self.folder, AGAIN):
             note = self._noted()
             if "publish" in note:
                 _rename(self.folder, note["publish"])

@@ -9,13 +9,14 @@ import io
 import itertools
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from quartz import files
 
 LOG, PICTURE = "log.jsonl", "curves.png"
 # Okabe and Ito's colours (2008), which the colour-blind tell apart, without yellow; from the eighth run on, dashed.
@@ -149,12 +150,7 @@ def write(runs: Sequence[Run], path: Path) -> None:
     figure, picture, kind = draw(runs), io.BytesIO(), path.suffix.lower().removeprefix(".")
     with _style():
         figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        partial.write_bytes(picture.getvalue())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write(path, picture.getvalue())
 
 
 @contextlib.contextmanager

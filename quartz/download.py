@@ -2,7 +2,6 @@
 and compared with the sums that the hub states. No code is fetched. HF_ENDPOINT names another server than the hub.
 """
 
-import errno
 import hashlib
 import http.client
 import json
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import NO_MORE, UserError, in_words
 from quartz import files
 
 HUB = "https://huggingface.co"
@@ -53,13 +52,14 @@ def hub_files(repo: str, places: Sequence[tuple[str, str]], folder: Path, max_fi
     if max_files < 0:
         raise UserError(f"max_files must be 0 (all) or a number of files, not {max_files}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        listed = folder / "files.json"
-        if not listed.exists():
-            files.write(listed, json.dumps(_list(repo, places)).encode())
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            listed = folder / "files.json"
+            if not listed.exists():
+                files.write(listed, json.dumps(_list(repo, places)).encode())
         remotes = [Remote(*entry) for entry in json.loads(listed.read_text(encoding="utf-8"))]
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
+        raise UserError(f"{listed} can't be read: {error.strerror or error}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / 'files.json'} is damaged: delete it, and run it again") from error
     remotes = remotes[: max_files or None]
@@ -133,8 +133,8 @@ def fetch(
             files.replace(partial, path)
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"the disk is full: {partial}; make room, and {otherwise}") from error
+            if isinstance(error, PermissionError) or getattr(error, "errno", None) in NO_MORE:
+                raise UserError(f"{partial} can't be written: {in_words(error)}; {otherwise}") from error
             has_grown = partial.exists() and partial.stat().st_size > before
             failed = 0 if has_grown else failed + 1
             final = isinstance(error, urllib.error.HTTPError) and error.code not in RETRIED

@@ -3,17 +3,62 @@
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, in_words, os_error
+
+
+@contextlib.contextmanager
+def writing(what: str | Path, kept: str = "") -> Iterator[None]:
+    """Turns what the disk refuses within, or a library on its behalf, into a UserError: what can't be written, why,
+    and what is kept."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        is_no_path = isinstance(error, ValueError) and "null" in str(error)  # a NUL in a name
+        if not is_no_path and os_error(error) is None:
+            raise
+        why = "there is no such name" if is_no_path else in_words(os_error(error))
+        raise UserError(f"{what} can't be written: {why}" + (f"; {kept}" if kept else "")) from error
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields a place to write to that becomes `path`, which so holds the old content or the new one, never a part.
+
+    Raises OSError where the disk refuses; of the new one nothing is left then.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        yield partial
+        with open(partial, "r+b") as file:
+            os.fsync(file.fileno())
+        replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a folder that is gone, or that nothing can be taken from
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """As whole, of a folder that must not be there yet."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
+        partial = Path(aside) / folder.name
+        partial.mkdir()
+        yield partial
+        replace(partial, folder)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Has `path` hold the old content or the new one, never a part. Raises OSError where the disk refuses."""
-    partial = path.with_name(path.name + ".tmp")
-    write_through(partial, content)
-    replace(partial, path)
+    """Has `path` hold `content`, as `whole` does."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_through(path: Path, content: bytes) -> None:

@@ -161,20 +161,20 @@ def _add_vocabulary(writer, tokenizer: Tokenizer) -> int:
 
 
 def _save(writer, path: Path) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    try:
+    with files.writing(path), files.whole(path) as partial:
         try:
             with contextlib.closing(writer):
                 writer.write_header_to_file(partial)
                 writer.write_kv_data_to_file()
                 writer.write_tensors_to_file()
                 end = writer.fout[0].tell()
-            with open(partial, "r+b") as file:
-                os.fsync(file.fileno())
-                if file.seek(0, os.SEEK_END) < end:  # numpy says nothing where the last bytes find no room
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            files.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error})") from error
+            is_short = partial.stat().st_size < end
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            is_short = True
+        if is_short:  # numpy does not say why, or nothing at all where the last bytes find no room
+            with open(partial, "ab", buffering=0) as file:
+                for _ in range(2):  # the first may be written in part
+                    file.write(bytes(2**16))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -113,18 +112,11 @@ def write(folder: Path, config: GPTConfig, state: dict[str, torch.Tensor], token
     theirs |= {"bos_token_id": end, "eos_token_id": end}
     if folder.exists():
         raise UserError(f"{folder} is there already: move it away, or name another with --path")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
-            partial = Path(aside) / folder.name
-            partial.mkdir()
-            (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
-            save_file(state_to_hf(config, state), partial / "model.safetensors", metadata={"format": "pt"})
-            if tokenizer:
-                _write_tokenizer(partial, tokenizer, config.block_size)
-            files.replace(partial, folder)
-    except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
+    with files.writing(folder), files.whole_folder(folder) as partial:
+        (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+        save_file(state_to_hf(config, state), partial / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer:
+            _write_tokenizer(partial, tokenizer, config.block_size)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:

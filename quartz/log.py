@@ -8,7 +8,6 @@ updates since then.
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,8 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import UserError
-from quartz import curves
+from quartz import curves, files
 
+KEPT = "the checkpoints beside it are untouched"
 WANDB_NAMES = {"step": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's; its mfu is in percent
 DRAWING_SHARE = 0.01  # of the time between two drawings, before the end of a run
 FIRST_DRAWING = 1.0  # seconds that it is expected to take: it imports matplotlib
@@ -55,18 +55,14 @@ class Log:
 
     def _open(self, path: Path, iter_num: int, evaluated: bool) -> None:
         """Keeps of an earlier log what this run will not write again."""
-        partial = path.with_suffix(".tmp")
-        try:
-            with open(partial, "w", encoding="utf-8") as kept:
+        with files.writing(path, KEPT):
+            with files.whole(path) as partial, open(partial, "w", encoding="utf-8") as kept:
                 for record in curves.records(path) if path.is_file() else ():
                     begins = record["iter"] if "iter" in record else record["step"] - evaluated
                     if begins < iter_num:
                         kept.write(json.dumps(record) + "\n")
                         self.seconds = record["seconds"] or 0.0
-            os.replace(partial, path)
             self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run
-        except OSError as error:
-            raise UserError(f"{path} can't be written: {error.strerror or error}") from error
 
     def iteration(self, iter_num, loss, lr, grad_norm, ms, tokens_per_s, mfu, tokens, seconds) -> None:
         line = f"iter {iter_num}: loss {loss:.4f}, time {ms:.2f}ms"
@@ -87,10 +83,8 @@ class Log:
         sys.stdout.flush()
         if self.file:
             plain = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
-            try:
+            with files.writing(self.file.name, KEPT):
                 self.file.write(json.dumps(plain) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.file.name} can't be written: {error.strerror or error}") from error
             self.is_drawn = False
         if self.wandb:
             theirs = {WANDB_NAMES.get(key, key): value for key, value in record.items()}

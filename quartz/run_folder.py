@@ -32,20 +32,19 @@ def claimed(out_dir: str) -> Iterator[None]:
     Raises UserError where another run does.
     """
     with files.claimed(out_dir, "run") as is_certain:
-        for leftover in Path(out_dir).glob("*.pt.tmp") if is_certain else ():
-            leftover.unlink()
-        for leftover in Path(out_dir).glob("*.dcp.tmp") if is_certain else ():
-            shutil.rmtree(leftover)
+        with files.writing(out_dir):
+            for leftover in Path(out_dir).glob("*.pt.tmp") if is_certain else ():
+                leftover.unlink()
+            for leftover in Path(out_dir).glob("*.dcp.tmp") if is_certain else ():
+                shutil.rmtree(leftover)
         yield
 
 
 def prepare_folder(out_dir: str) -> None:
     """Creates out_dir and makes sure that a file can be written there."""
-    try:
+    with files.writing(f"out_dir {out_dir!r}"):
         os.makedirs(out_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()
-    except (OSError, ValueError) as error:
-        raise UserError(f"out_dir {out_dir!r} can't be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def after_restart(out_dir: str, init_from: str, is_writing: bool, place: torch.device) -> str:
@@ -70,7 +69,8 @@ def begin(out_dir: str, is_new: bool) -> None:
     if is_new:
         set_aside(Path(out_dir))
     if "RANK" in os.environ:
-        (Path(out_dir) / LAUNCH).write_text(ranks.launch_id(), encoding="utf-8")
+        with files.writing(Path(out_dir) / LAUNCH):
+            (Path(out_dir) / LAUNCH).write_text(ranks.launch_id(), encoding="utf-8")
 
 
 def save(
@@ -120,12 +120,10 @@ def set_aside(out_dir: Path) -> None:
     names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
     folder = next(out_dir / name for name in names if not (out_dir / name).exists())
     print(f"{out_dir} holds an earlier run; it is moved to {folder}")
-    try:
+    with files.writing(folder):
         folder.mkdir()
         for path in found:
             os.replace(path, folder / path.name)
-    except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
 
 
 def to_use(out_dir: str) -> Path:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from configurator import UserError
+from configurator import UserError, os_error
 from model import GPT
 from quartz import ranks, untrusted
 from quartz.optim import moment_names
@@ -31,11 +31,22 @@ def divide(model: GPT, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
+class _Writer(dcp.FileSystemWriter):
+    """DCP's own, but a rank tells the others what the operating system said: what stands behind an error would not
+    travel with it."""
+
+    def write_data(self, *arguments):
+        try:
+            return super().write_data(*arguments)
+        except Exception as error:
+            raise os_error(error) or error from error
+
+
 def save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Writes weights and moments into `folder`; returns the counts of steps by parameter.
 
-    All processes have to call it. Raises UserError where a tensor is not finite, CheckpointException or OSError where
-    the disk refuses.
+    All processes have to call it. Raises UserError where a tensor is not finite, on all of them OSError where the disk
+    refuses.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # after an evaluation, parameters outside of blocks are still whole
@@ -44,7 +55,11 @@ def save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
     if ranks.any_of(bool(bad), next(model.parameters()).device):  # which also waits for all
         which = ", ".join(bad) or "a tensor of another rank"
         raise UserError(f"the run diverged: {which} is not finite; what {folder.parent} holds was left as it was")
-    dcp.save(tensors, checkpoint_id=folder)
+    try:
+        dcp.save(tensors, storage_writer=_Writer(folder))
+    except CheckpointException as error:  # which is no Exception
+        faults = [fault for fault, _ in error.failures.values()]
+        raise next(filter(None, map(os_error, faults)), faults[0]) from error
     moved = [(name, optimizer.state[p]) for name, p in model.named_parameters() if optimizer.state[p]]
     return {name: float(its.get("step", 0)) for name, its in moved}
 

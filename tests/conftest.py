@@ -103,8 +103,8 @@ def run(monkeypatch, capfd):
                 signal.signal(number, handler)
             sys.stdout.flush()
         out, err = capfd.readouterr()
-        settings = "".join(line for line in out.splitlines(keepends=True) if line.startswith("Overriding: "))
-        return Result(code, out.replace(settings, "", 1), err)
+        settings = "".join(line for line in err.splitlines(keepends=True) if line.startswith("Overriding: "))
+        return Result(code, out, err.replace(settings, "", 1))
 
     return run
 

@@ -153,12 +153,22 @@ def test_help_prints_on_any_terminal_and_to_a_reader_that_leaves(flag):
 
 
 def test_memory_and_disk_that_run_out_are_one_line(capsys):
-    for error in (MemoryError("x"), RuntimeError("CUDA out of memory"), OSError(errno.ENOSPC, "No space left")):
-        with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(configurator, "_drop_output", lambda: None)
-            with configurator.user_errors():
-                raise error
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    full, denied = OSError(errno.ENOSPC, "No space left"), PermissionError(errno.EACCES, "Permission denied", "x/y")
+    hidden = RuntimeError("unexpected pos")  # as torch raises it
+    hidden.__context__ = OSError(errno.EDQUOT, "Disk quota exceeded", "x/z")
+    lines = {
+        MemoryError("x"): "not enough memory",
+        RuntimeError("CUDA out of memory"): "not enough memory",
+        full: "standard output can't be written: the disk is full (No space left)",
+        denied: "x/y can't be written: Permission denied",
+        hidden: "x/z can't be written: the quota of the disk is used up (Disk quota exceeded)",
+        ValueError("I/O error: (os error 30)"): "a file can't be written: the disk is for reading only",
+    }
+    for error, line in lines.items():
+        with pytest.raises(SystemExit) as stop, configurator.user_errors():
+            raise error
+        told = capsys.readouterr().err
+        assert stop.value.code == 2 and told.count("\n") == 1 and line in told
 
 
 def test_a_bug_raises():

@@ -147,8 +147,8 @@ def configure(*argv) -> tuple[dict | None, set | list]:
         assert status == (0 if asked_for_help else 2)
         assert bool(lines) != asked_for_help and all(re.fullmatch("error: .*[^ ].*", line) for line in lines), lines
         return None, lines
-    assert not lines and names <= DEFAULTS.keys()
-    assert [line.split(" = ")[0] for line in shown] == [f"Overriding: {name}" for name in sorted(names)]
+    assert not shown and names <= DEFAULTS.keys()
+    assert [line.split(" = ")[0] for line in lines] == [f"Overriding: {name}" for name in sorted(names)]
     assert all(type(scope[name]) is type(value) for name, value in DEFAULTS.items())
     return {name: scope[name] for name in DEFAULTS}, names
 

@@ -65,7 +65,7 @@ def test_a_config_file_may_name_the_picture(runs, run):
         (["out-a", "--ouut=x.png"], ["'out'"]),
         (["out-a", "-x"], ["--key=value"]),
         (["out-a", "--out=x.pdf"], ["out must end", "x.pdf"]),
-        (["out-a", "--out=no/folder/x.png"], ["no/folder/x.png can't be written"]),
+        (["out-a", "--out=no/folder/x.png"], ["no/folder/x.png can't be written: No such file"]),
         (["out-a", "--out=folder.png"], ["folder.png can't be written"]),
     ],
     ids=str,
