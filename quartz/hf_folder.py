@@ -110,8 +110,9 @@ def write(folder: Path, config: GPTConfig, state: dict[str, torch.Tensor], token
     theirs = hf_config(config) | {"torch_dtype": str(state["transformer.wte.weight"].dtype).removeprefix("torch.")}
     end = tokenizer.specials.get(END_OF_TEXT) if tokenizer else None
     theirs |= {"bos_token_id": end, "eos_token_id": end}
-    if folder.exists():
-        raise UserError(f"{folder} is there already: move it away, or name another with --path")
+    with files.writing(folder):
+        if folder.exists():
+            raise UserError(f"{folder} is there already: move it away, or name another with --path")
     with files.writing(folder), files.whole_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
         save_file(state_to_hf(config, state), partial / "model.safetensors", metadata={"format": "pt"})

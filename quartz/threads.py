@@ -112,9 +112,9 @@ def _keep_watch() -> None:
     functions alone, where the counts of rounds themselves are out of reach once libgomp is loaded.
     """
     library = ctypes.CDLL(None)  # what torch itself finds
-    before, then, pause, share, asleep = waited(), time.perf_counter(), INTERVAL, 0.0, False
+    before, then, pause, share, asleep = waited(), time.monotonic(), INTERVAL, 0.0, False
     while not _stop.wait(pause):
-        now, began, total = time.perf_counter(), time.thread_time(), waited()
+        now, began, total = time.monotonic(), time.thread_time(), waited()
         pause = max(INTERVAL, (time.thread_time() - began) / LOOKING)
         share += NEWEST * (max(0.0, total - before) / (now - then) - share)  # a thread that ends takes its time away
         before, then = total, now
