@@ -98,7 +98,8 @@ def python(program: str, **environment: str) -> list[str]:
 
 
 TELL = """
-import os, sys, threading, threads
+import os, sys, threading
+from quartz import threads
 threads.quota = lambda: 1.0
 import configurator
 configurator.configure({}, [])
