@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import AdamW
+from quartz.optim import AdamW
 
 # ----------------------------------------------------------------------------------------------------------------------
 # torch
