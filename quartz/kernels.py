@@ -22,8 +22,8 @@ def install(model: nn.Module) -> None:
         module.__class__ = FASTER.get(type(module), type(module))
 
 
-def in_training() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def trains(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class RMSNormInTraining(torch.autograd.Function):
@@ -48,7 +48,7 @@ class RMSNormInTraining(torch.autograd.Function):
 
 class FastRMSNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not in_training():
+        if not trains(self):
             return super().forward(x)
         return RMSNormInTraining.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
 
@@ -120,7 +120,7 @@ class TiledAttention(torch.autograd.Function):
 class FastAttention(CausalSelfAttention):
     def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys are normalised and rotated in one go."""
-        if rope is None or not in_training():
+        if rope is None or not trains(self):
             return super().heads(qkv, rope)
         qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)
         if self.q_norm is not None:

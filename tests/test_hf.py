@@ -19,7 +19,7 @@ import hf
 from configurator import UserError
 from hf import NanoGPTConfig, NanoGPTLMHeadModel
 from model import GPT, GPTConfig
-from quartz import checkpoint, shards
+from quartz import checkpoint, kernels, shards
 
 every_road = pytest.mark.parametrize("road", ROADS)
 
@@ -28,6 +28,7 @@ def pair(road: str, **changes) -> tuple[GPT, NanoGPTLMHeadModel]:
     """A network of ours, and the same as one of transformers with weights of its own; logits differ by units."""
     ours = make(**ROADS[road], **changes)
     ours = sharpened(ours) if ours.config.arch == "gpt2" else shaken(ours)
+    kernels.install(ours)  # as train.py does, and as theirs has them
     return ours, NanoGPTLMHeadModel(NanoGPTConfig.from_gpt(ours.config), copy.deepcopy(ours)).eval()
 
 
