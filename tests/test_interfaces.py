@@ -254,7 +254,7 @@ def assert_known(keywords: set[str]) -> None:
     [
         {"num_beams": 3},
         {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 2},
+        {"prompt_lookup_num_tokens": 2, "eos_token_id": -1},
         {"use_cache": False, "do_sample": True},
         {"return_dict_in_generate": True, "output_scores": True},
     ],
