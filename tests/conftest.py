@@ -150,7 +150,7 @@ def tiny(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def rows(tiny) -> Path:
-    """data/tiny as 170 and 29 rows of 17 tokens, about a third of which are targets: of some rows none, of some all."""
+    """data/tiny as 169 and 29 rows of 17 tokens, about a third of which are targets: of some rows none, of some all."""
     folder = tiny / "data" / "tiny"
     meta, counts, generator = json.loads((folder / "meta.json").read_text()), {}, np.random.default_rng(5)
     for split in ("train", "val"):

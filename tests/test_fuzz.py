@@ -462,7 +462,7 @@ def test_a_meta_json_of_any_content_is_taken_as_it_is_or_refused(folder, content
     meta = read_meta(folder, "meta.json", content)
     if meta is not None:
         theirs = json.loads(content)
-        defaults = {"vocab_size": None, "dtype": "uint16", "tokens": None, "tokenizer": None}
+        defaults = {"vocab_size": None, "dtype": "uint16", "tokens": None, "tokenizer": None, "row": None}
         assert repr(meta) == repr({**defaults, **theirs})
 
 
