@@ -328,3 +328,28 @@ def test_wrong_settings_are_one_line_each(tiny, reference, fails, settings, word
     result = fails(**settings)
     assert_user_error(result, *words)
     assert result.out == "" and result.err.count("error:") == (3 if len(settings) == 3 else 1)
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_of_a_masked_split_the_targets_count_alone(reference, evaluate, fails, stride):
+    ids = tokens_of()[:90]
+    write("piece", ids, characters())
+    mask = np.zeros(90, dtype=np.uint8)
+    mask[[0, 3, 17, 18, 30, 66, 89]] = 1  # the first can't be predicted; of some batches nothing is left
+    mask.tofile("data/piece/val.mask")
+    record, _ = evaluate(dataset="piece", stride=stride, batch_size=1)
+    expected = np.array(losses(reference, ids, 16, stride or 16))[mask[1:] == 1]
+    assert record["loss"] == pytest.approx(expected.mean(), abs=1e-5)
+    assert (record["tokens"], record["bytes"]) == (6, 6)
+    mask[1:] = 0
+    mask.tofile("data/piece/val.mask")
+    assert_user_error(fails(dataset="piece", stride=stride), "holds no target")
+
+
+def test_rows_take_no_stride_and_have_to_fit(rows, train, fails):
+    assert train(max_iters=1).code == 0
+    for setting in ({"stride": 4}, {"block_size": 8}):
+        assert_user_error(fails(**setting), "rows of 17 tokens, each a window by itself: leave out")
+    meta = json.loads((rows / "data" / "tiny" / "meta.json").read_text())
+    (rows / "data" / "tiny" / "meta.json").write_text(json.dumps({**meta, "row": 29 * 17}))
+    assert_user_error(fails(), "need block_size 492 or more, not 16")
