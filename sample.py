@@ -54,11 +54,9 @@ def how() -> Sampling:
 
 def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings."""
-    rules = [(False, problem) for problem in how().problems()]
+    rules = configurator.ranges(globals())
+    rules += [(False, problem) for problem in how().problems()]
     rules += [
-        (1 <= num_samples < 2**31, f"num_samples must be at least 1, and no giant, not {num_samples}"),
-        (1 <= max_new_tokens < 2**31, f"max_new_tokens must be at least 1, and no giant, not {max_new_tokens}"),
-        (0 <= seed < 2**32, f"seed must be from 0 to {2**32 - 1}, not {seed}"),
         (start != "", "start must hold at least one character"),
         (not prompt_per_line or start.startswith("FILE:"), "prompt_per_line needs start=FILE:…"),
         (all(stops()), f"stop={stop!r} holds an empty string"),
@@ -66,7 +64,6 @@ def check_settings() -> None:
             not logprobs.endswith(".pt") and f"FILE:{logprobs}" != start,
             f"logprobs={logprobs} would overwrite a checkpoint or the prompt",
         ),
-        (quantize in ("", "int8"), f"quantize must be int8, or empty, not {quantize!r}"),
     ]
     looks = [lambda: machine.check_machine(device, dtype), read_prompts]
     if quantize:

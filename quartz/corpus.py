@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, check
-from quartz import download, files, run_folder, threads
+from quartz import download, files, threads
 from quartz.documents import PACKED, PASSAGE, files_of, is_held_out, is_text, pieces_of
 from quartz.extras import needs
 from quartz.tokenizer import (
@@ -447,6 +447,8 @@ def tokenizer_at(folder: Path) -> Tokenizer:
 
         data = hf_folder.read_tokenizer(folder)
     else:
+        from quartz import run_folder
+
         data = run_folder.load_to_use(str(folder)).get("tokenizer")
     if not data:
         raise UserError(f"{folder} has no tokenizer")

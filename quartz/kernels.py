@@ -1,8 +1,9 @@
 """Faster ways on CPUs to compute what model.py says plainly, installed into a model from outside by `install`.
 
 Read it when a training step on a CPU is too slow, or after a change of model.py's attention, norm or dropout: what is
-here stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. On another
-device, without gradients or under torch.compile a module computes what model.py says.
+here stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. In
+evaluation, without gradients or under torch.compile a module computes what model.py says. Attention and dropout do so
+on other devices too; the norm's own backward pass serves on each.
 """
 
 import math

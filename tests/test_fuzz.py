@@ -344,7 +344,7 @@ def shards(draw) -> bytes:
 
 
 def tokens_of(content: bytes, dtype: str) -> np.ndarray | None:
-    """The tokens of a file in the words of dataset.py's head; None where it is damaged."""
+    """The tokens of a file in the words of shards.py's head; None where it is damaged."""
     if len(content) >= 1024 and int.from_bytes(content[:4], "little") == 20240520:
         count = int.from_bytes(content[8:12], "little", signed=True)
         return np.frombuffer(content, "<u2", offset=1024) if len(content) == 1024 + 2 * count else None

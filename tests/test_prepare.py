@@ -264,3 +264,12 @@ def test_wrong_settings_are_told_before_a_download(project, prepare, monkeypatch
     assert_user_error(result, "val_share", "workers")
     assert "127.0.0.1" not in result.err and not (project / "data" / "fineweb" / "source").exists()
     assert_user_error(prepare("fineweb"), "127.0.0.1:9", "--source=PATH")
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py")))
+def test_preparing_data_loads_no_torch(name, start, tmp_path):
+    """It would take longer than the preparation of a small text."""
+    code = f"import runpy, sys\nsys.argv = ['prepare.py']\nrunpy.run_path({str(ROOT / 'data' / name / 'prepare.py')!r})"
+    (tmp_path / "load.py").write_text(f"{code}\nprint('torch' in sys.modules, 'quartz.corpus' in sys.modules)\n")
+    out, err = start(tmp_path / "load.py").communicate(timeout=60)
+    assert out.split() == ["False", "True"], err

@@ -399,7 +399,7 @@ def test_llama_cpp_knows_the_special_tokens_and_gives_every_id_our_bytes(both):
     ids=ascii,
 )
 def test_where_llama_cpp_splits_text_otherwise_it_is_the_same_text(tmp_path, tokens, text):
-    """What to_gguf.py says of it. Should this fail, llama.cpp has caught up."""
+    """What gguf.py says of it. Should this fail, llama.cpp has caught up."""
     parts = dict.fromkeys(t.encode()[:n] for t in tokens[:1] for n in range(2, 5) if n <= len(t.encode()))
     ours = BPETokenizer.of_merges([*parts, tokens[1].encode()], "gpt4")
     model = GPT(GPTConfig(8, ours.vocab_size, 1, 1, 2))
