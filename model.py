@@ -159,12 +159,20 @@ class Slots:
         return keys[:, :, : self.end], values[:, :, : self.end], self.mask
 
 
-class Embedding(nn.Embedding):
-    """torch's, without random numbers where there is no memory to hold them: torch would load its compiler for that."""
+class DrawnInMemory:
+    """Of a layer: no random numbers where there is no memory to hold them. torch would load its compiler for that."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+class Embedding(DrawnInMemory, nn.Embedding):
+    pass
+
+
+class Linear(DrawnInMemory, nn.Linear):
+    pass
 
 
 class LayerNorm(nn.Module):
@@ -209,8 +217,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.n_head, self.n_kv = config.n_head, config.n_kv_head
-        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv) * config.head_dim, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv) * config.head_dim, bias=config.bias)
+        self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.q_norm = self.k_norm = None
         if config.arch == "qwen3":
             self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
@@ -227,9 +235,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)
-        if self.n_kv != self.n_head:  # each head of keys and values serves several of queries
-            k, v = (t.repeat_interleave(self.n_head // self.n_kv, dim=1) for t in (k, v))
-        y = self.attend(q, k, v, mask)
+        y = self.attend(q, self.shared(k), self.shared(v), mask)
         return self.resid_dropout(self.c_proj(y.to(qkv.dtype).transpose(1, 2).reshape(B, T, -1)))
 
     def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -243,6 +249,10 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q.float(), rope), rotate(k.float(), rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def shared(self, t: torch.Tensor) -> torch.Tensor:
+        """Keys or values (B, n_kv, T, head_dim), of which each head serves several of queries: (B, n_head, …)."""
+        return t if self.n_kv == self.n_head else t.repeat_interleave(self.n_head // self.n_kv, dim=1)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """What each of q's T queries reads, (B, n_head, T, head_dim), in v's dtype.
@@ -258,8 +268,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.is_gated = config.arch != "gpt2"
-        self.c_fc = nn.Linear(config.n_embd, (1 + self.is_gated) * config.n_hidden, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, (1 + self.is_gated) * config.n_hidden, bias=config.bias)
+        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -379,7 +389,7 @@ class GPT(nn.Module):
         parts["h"] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         parts["ln_f"] = _norm(config)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         self._rope_table: torch.Tensor | None = None

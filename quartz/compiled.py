@@ -70,10 +70,14 @@ class OneDnnLinear(nn.Linear):
 class WrittenOutAttention(CausalSelfAttention):
     """Attention of one query a row, written out: in a compiled step it becomes loops of its own."""
 
+    def shared(self, t: torch.Tensor) -> torch.Tensor:
+        return t  # read where they are; torch 2.11 cannot trace the copies
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        scores = (q * k).sum(-1, keepdim=True).transpose(2, 3) / math.sqrt(self.head_dim)  # (B, n_head, 1, keys)
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-        return (weights.transpose(2, 3) * v).sum(2, keepdim=True)
+        q, k, v = q.unflatten(1, (self.n_kv, -1)), k.unsqueeze(2), v.unsqueeze(2)  # (B, n_kv, heads of queries, …)
+        scores = (q * k).sum(-1, keepdim=True).mT / math.sqrt(self.head_dim)  # (B, n_kv, heads of queries, 1, keys)
+        weights = scores.masked_fill(~mask.unsqueeze(2), -math.inf).softmax(-1)
+        return (weights.mT * v).sum(-2, keepdim=True).flatten(1, 2)
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +127,7 @@ def prepare(
             print(f"warning: the step can't be compiled ({reason}); going on without", file=sys.stderr)
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
-            if type(module) is nn.Linear and module.weight.numel() >= ONEDNN_SIZE:
+            if isinstance(module, nn.Linear) and module.weight.numel() >= ONEDNN_SIZE:
                 module.__class__ = OneDnnLinear
     return model
 
