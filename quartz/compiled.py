@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import model as model_module
-from model import GPT, CausalSelfAttention
+from configurator import UserError
+from model import GPT, CausalSelfAttention, GPTConfig
 from quartz import machine
 from quartz.engine import CPU, Engine, RowCache
 
@@ -113,6 +114,25 @@ def prepare(
             reason = machine.why_no_compiler(place) or f"{type(error).__name__}: {error}".split("\n")[0][:200]
             print(f"warning: the step can't be compiled ({reason}); going on without", file=sys.stderr)
     return engine
+
+
+def check_quantize(quantize: str, device: str) -> None:
+    """Raises UserError where weights in fewer bits are asked for, and would not be read as such."""
+    if quantize and (place := machine.pick_device(device)).type != "cpu":
+        raise UserError(f"quantize={quantize} is for CPUs, not for {place.type}: leave it out, or add --device=cpu")
+
+
+def check_memory(config: GPTConfig, rows: int, length: int, place: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where the cache, and the logits with what is drawn from them, would not fit."""
+    there, element = machine.available_memory(place), 4 if place.type == "cpu" else dtype.itemsize
+    capacity = min(length, config.block_size)
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * capacity * element
+    needed = rows * (cache + 8 * config.vocab_size * 4 + 3 * length * 4)
+    if there is not None and needed > there:
+        raise UserError(
+            f"{rows} texts of {length} tokens need {needed / 2**30:.1f} GiB (a cache of {rows * cache / 2**30:.1f}), "
+            f"and {there / 2**30:.1f} GiB are free: take fewer samples or prompts, or a smaller max_new_tokens"
+        )
 
 
 def pays(weights: int, each: int, steps: int) -> bool:
