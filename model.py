@@ -639,8 +639,10 @@ class GPT(nn.Module):
         """
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError("idx must be of shape (B, T): each prompt must hold at least one token")
-        if not 0 <= temperature < math.inf or (top_k or 0) < 0:
-            raise ValueError(f"temperature ({temperature}) and top_k ({top_k}) must be 0 or positive, and finite")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or a positive number, not {top_k}")
         block_size, training = self.config.block_size, self.training
         self.eval()
         cache = self.new_cache(idx.size(0), idx.size(1) + max_new_tokens)
