@@ -10,7 +10,7 @@ size of a chunk; not on what stands in the other rows, nor on which row it is: o
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -104,7 +104,7 @@ class _Prompt:
 
     rows: list[int]
     ids: list[int]
-    start: int = field(default=0)  # tokens that were read
+    start: int = 0  # tokens that were read
 
 
 class Decoder:
@@ -131,7 +131,7 @@ class Decoder:
         logprobs: bool = False,
     ):
         self.engine, self.cache = engine, engine.new_cache(rows, length)
-        self.block_size, self.vocab_size = engine.model.config.block_size, vocab_size
+        self.length, self.block_size, self.vocab_size = length, engine.model.config.block_size, vocab_size
         self.device = engine.model.lm_head.weight.device
         self.chunk, self.ahead, self.logprobs = chunk, ahead, logprobs
         self.texts: list[_Text | None] = [None] * rows
@@ -152,13 +152,15 @@ class Decoder:
         """Puts a prompt, which is read once, into as many free rows as there are seeds; returns them.
 
         A row draws with its seed, and ends after max_new_tokens, or with the first of stop_ids that it draws. Raises
-        ValueError for an empty prompt, a setting out of range, or too few free rows.
+        ValueError for an empty prompt, a setting out of range, a text that is too long, or too few free rows.
         """
         sampling, free = sampling or Sampling(), self.free()
         if problems := sampling.problems():
             raise ValueError("; ".join(problems))
         if not len(prompt) or max_new_tokens < 1:
             raise ValueError("the prompt must hold at least one token, and max_new_tokens be at least 1")
+        if len(prompt) + max_new_tokens > self.length < self.block_size:
+            raise ValueError(f"{len(prompt)} + {max_new_tokens} tokens do not fit in rows of {self.length}")
         if not 0 < len(seeds) <= len(free):
             raise ValueError(f"{len(seeds)} seeds for {len(free)} free rows")
         rows, prompt = free[: len(seeds)], list(prompt)
@@ -176,15 +178,17 @@ class Decoder:
         """Ends a row's text, wherever it is."""
         self.texts[row] = None
         for prompt in [p for p in self.prompts if row in p.rows]:
+            holds_it = prompt.rows[0] == row
             prompt.rows.remove(row)
-            if prompt.rows:
-                self.cache.copy(row, prompt.rows[:1], prompt.start)  # it may have been the one that holds what was read
-            else:
+            if not prompt.rows:
                 self.prompts.remove(prompt)
+            elif holds_it:
+                self.cache.copy(row, prompt.rows[:1], prompt.start)
 
     def step(self, chunks: int | None = None) -> list[Drawn]:
         """Reads up to `chunks` chunks of the prompts that wait (None: all of them), then draws the next token of every
-        row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several, in their order.
+        row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several, in their order; nothing
+        where no row runs, though with `chunks` there may be some that wait.
         """
         for row in self._running():
             if self.texts[row].logits is None and self.cache.lengths[row] == self.block_size:

@@ -182,8 +182,9 @@ def test_a_prompt_is_read_once_for_all_of_its_rows(monkeypatch):
 def test_the_row_that_reads_for_others_may_be_released():
     engine = Engine(make())
     decoder = Decoder(engine, 3, 200, chunk=5)
-    decoder.admit(PROMPTS[3], [5, 6], 9)
+    decoder.admit(PROMPTS[3], [5, 6, 7], 9)
     decoder.step(chunks=2)
+    decoder.release(2)  # which reads nothing
     decoder.release(0)
     (row,) = decoder.admit([9], [1], 3)
     assert row == 0
@@ -282,6 +283,8 @@ def test_what_cannot_be_admitted_is_refused():
             decoder.admit(prompt, seeds, count)
     with pytest.raises(ValueError, match="3 seeds for 2 free rows"):
         decoder.admit([1], [1, 2, 3], 1)
+    with pytest.raises(ValueError, match="4 \\+ 6 tokens do not fit in rows of 9"):
+        decoder.admit([1] * 4, [1], 6)
     assert decoder.free() == [0, 1] and decoder.step() == []
 
 
