@@ -187,8 +187,8 @@ class Decoder:
 
     def step(self, chunks: int | None = None) -> list[Drawn]:
         """Reads up to `chunks` chunks of the prompts that wait (None: all of them), then draws the next token of every
-        row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several, in their order; nothing
-        where no row runs, though with `chunks` there may be some that wait.
+        row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several, in their order;
+        nothing where no row runs, though with `chunks` some may wait.
         """
         for row in self._running():
             if self.texts[row].logits is None and self.cache.lengths[row] == self.block_size:
