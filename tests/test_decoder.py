@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from test_decode import CPU, compiled_folder, full_forward, has_compiler, make  # noqa: F401
+from test_decode import CPU, QWEN3, full_forward, has_compiler, make
 
 from quartz import compiled
 from quartz.decoder import Decoder, Drawn, Sampling, complete, draw
 from quartz.engine import Engine
 
-QWEN3 = {"arch": "qwen3", "bias": False, "n_head": 4, "n_kv_head": 2, "tie_embeddings": False}
 PROMPTS = [[1, 2, 3], [4], [5] * 40, [7, 8] * 9, [3]]  # of which one is longer than block_size, 32
 SAMPLINGS = [Sampling(top_k=9), Sampling(temperature=0), Sampling(top_p=0.8), Sampling(min_p=0.1, temperature=2.0)]
 SAMPLINGS.append(Sampling(repetition_penalty=1.3))
@@ -77,13 +76,9 @@ def test_the_bits_are_the_same_at_a_real_size():
         decoder.admit(prompt, [seed], 30)
     together = finish(decoder)
     for seed, prompt in enumerate(prompts):
-        assert are_equal(together[seed], alone_in_chunks(engine, prompt, seed))
-
-
-def alone_in_chunks(engine, prompt: list[int], seed: int) -> list:
-    decoder = Decoder(engine, 2, 640)
-    decoder.admit(prompt, [seed], 30)
-    return finish(decoder)[0]
+        decoder = Decoder(engine, 2, 640)
+        decoder.admit(prompt, [seed], 30)
+        assert are_equal(finish(decoder)[0], together[seed])
 
 
 def come_and_go(engine, rows: int) -> None:
@@ -114,9 +109,9 @@ def test_rows_come_and_go():
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler, or no Python headers")
-@pytest.mark.parametrize("changes", [{}, QWEN3], ids=str)
-def test_rows_of_a_compiled_step_come_and_go(compiled_folder, changes):  # noqa: F811
-    engine = compiled.prepare(make(**changes), CPU, torch.bfloat16, False, 3, 10**9, True)
+@pytest.mark.parametrize(("changes", "quantize"), [({}, False), (QWEN3, True)], ids=["float32", "int8 qwen3"])
+def test_rows_of_a_compiled_step_come_and_go(compiled_folder, changes, quantize):
+    engine = compiled.prepare(make(**changes), CPU, torch.float32, quantize, 3, 10**9, True)
     assert isinstance(engine, compiled.CompiledStep)
     come_and_go(engine, 3)
 
