@@ -4,7 +4,8 @@ Read it to see how the next token is chosen, or to serve texts that arrive while
 (compiled.prepare makes one) computes the logits; a Decoder decides which rows it reads and steps, and draws.
 
 A text, and the logits that it is drawn from, depend on its own prompt, sampling and seed, on the engine and on the
-size of a chunk; not on what stands in the other rows, nor on which row it is: on CPUs in float32 bit for bit.
+size of a chunk; not on what stands in the other rows, nor on which row it is: on CPUs in float32 bit for bit, among
+decoders of two rows and more. (One of a single row takes quicker products, which round otherwise.)
 """
 
 import math

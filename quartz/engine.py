@@ -21,20 +21,20 @@ from model import GPT, MLP, CausalSelfAttention, GPTConfig
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CPU = torch.device("cpu")
+ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product of a single row beats its cost of dispatch
 VECTOR = 32  # numbers that a kernel takes at a time: two vectors of 512 bits
 
 
 class SteadyLinear(nn.Linear):
-    """nn.Linear on a CPU, in which a row's result has the same bits whatever rows stand beside it.
+    """nn.Linear on a CPU, in which a row's result has the same bits whatever other rows stand beside it.
 
     In float32 by oneDNN, where PyTorch has it: of the BLAS behind F.linear that is not true, and it reads a large
-    weight up to twice as slowly.
+    weight up to twice as slowly. (A single row is rounded in its own way: see Engine.step.)
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() == self.in_features:  # oneDNN rounds a single row otherwise than several
-            return self.forward(x.reshape(1, -1).repeat(2, 1))[0].view(*x.shape[:-1], -1)
-        if x.dtype != torch.float32 or not HAS_ONEDNN:
+        is_small = x.numel() == self.in_features and self.weight.numel() < ONEDNN_SIZE
+        if is_small or x.dtype != torch.float32 or not HAS_ONEDNN:
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
@@ -106,11 +106,11 @@ class RowCache:
             k, v = (cache[:, self.row, :, : self.end].flatten(0, 1)[None] for cache in caches)
             return k, v, self.mask
         for cache, its in zip(caches, (k, v), strict=True):
-            its = its[:, :, 0].unflatten(1, (self.groups, -1)).to(cache.dtype)  # (n, groups, heads, head_dim)
+            its = its[: len(self.stepped), :, 0].unflatten(1, (self.groups, -1))  # (n, groups, heads, head_dim)
             if self.is_even:
                 cache[:, :, :, self.end - 1] = its.transpose(0, 1)
             else:
-                cache[:, self.index, :, self.at] = its
+                cache[:, self.index, :, self.at] = its.to(cache.dtype)
         if self.keys.device.type == "cpu":
             return *(cache.flatten(0, 1)[:, :, : self.end] for cache in caches), self
         k, v = (cache[0] if self.is_whole else cache[0, self.index] for cache in caches)
@@ -121,16 +121,16 @@ class RowCache:
 
         Each at its row's own length: keys that are masked would change bits.
         """
-        q = q.to(v.dtype).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, n, heads, 1, head_dim)
+        n = len(self.stepped)
+        copies = len(q) // n  # 2 where the only row is computed beside itself
+        q = q[:n].to(v.dtype).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, n, heads, 1, head_dim)
         if self.is_even and (self.groups == self.threads or self.rows == 1):
             y = F.scaled_dot_product_attention(q.flatten(0, 1), k, v).unflatten(0, (self.groups, -1))
         else:
-            each = []
-            for n, row in enumerate(self.stepped):
-                its = (t[row :: self.rows, :, : self.lengths[row]] for t in (k, v))
-                each.append(F.scaled_dot_product_attention(q[:, n], *its))
-            y = torch.stack(each, dim=1)
-        return y.transpose(0, 1).flatten(1, 2)
+            its = ([t[row :: self.rows, :, : self.lengths[row]] for t in (k, v)] for row in self.stepped)
+            y = torch.stack([F.scaled_dot_product_attention(q[:, i], *kv) for i, kv in enumerate(its)], dim=1)
+        y = y.transpose(0, 1).flatten(1, 2)
+        return y if copies == 1 else y.repeat(copies, 1, 1, 1)
 
     def copy(self, row: int, others: list[int], length: int) -> None:
         """Gives other rows the first `length` positions of a row."""
@@ -226,7 +226,10 @@ class Engine:
         those that follow, (n, V), which hold until the next step.
         """
         position = cache.open_step(rows)
-        return self.model.lm_head(self.model._hidden(tokens[:, None], position[:, None], cache)[:, 0])
+        if len(rows) == 1 < cache.rows and position.device.type == "cpu":  # beside itself, as it would be beside others
+            tokens, position = tokens.repeat(2), position.repeat(2)
+        hidden = self.model._hidden(tokens[:, None], position[:, None], cache)
+        return self.model.lm_head(hidden[:, 0])[: len(rows)]
 
 
 def install(model: GPT) -> None:

@@ -140,7 +140,7 @@ def test_a_linear_layer_that_minds_no_neighbours_is_a_linear_layer():
         linear, x = SteadyLinear(31, 7), torch.randn(rows, 1, 31)
         assert (linear(x).shape, linear(x[0, 0]).shape) == ((rows, 1, 7), (7,))
         torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
-        assert torch.equal(linear(x)[-1], linear(x[-1:])[0])
+        assert rows == 1 or torch.equal(linear(x)[-1], linear(x[[-1, 0]])[0])
 
 
 WAYS = {  # shape, dtype, int8, rows, compiled; of the last, those that an earlier test has compiled
