@@ -59,6 +59,7 @@ import torch
 from configurator import UserError
 from model import GPT, GPTConfig
 from quartz import compiled, kernels, machine, optim, shards
+from quartz.decoder import Decoder, Sampling
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, MOMENTUM = 1e-4, (0.9, 0.95), 1e-2, 0.95
 
@@ -192,17 +193,20 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
     with contextlib.redirect_stdout(sys.stderr):
         peer = peer_model(place).eval()
     kept = machine.pick_dtype(dtype, place)
-    engine = compiled.prepare(model, place, kept, quantize == "int8", batch_size, 10**9, compile)  # whatever it costs
+    in_int8, steps = quantize == "int8", 10**9  # compiled, whatever that costs
+    engine = compiled.prepare(model, place, kept, in_int8, batch_size, steps, compile, gives_up=True)
     prompt = torch.randint(vocab_size, (1, 1), generator=torch.Generator().manual_seed(seed)).to(place)
     idx = prompt.expand(batch_size, 1 + max_new_tokens)
     stride = 16
-    bytes_kept = model.lm_head.weight.element_size()
-    if isinstance(engine, compiled.CompiledStep):
-        bytes_kept = engine.packed[model.lm_head.weight][0].element_size()
+    is_packed = isinstance(engine, compiled.CompiledStep)
+    bytes_kept = (engine.engine.kept if is_packed else engine.model.lm_head.weight.dtype).itemsize
 
     def ours() -> float:
         began = time.perf_counter()
-        model.generate(prompt.repeat(batch_size, 1), max_new_tokens, temperature=0, engine=engine)[0, -1].item()
+        decoder = Decoder(engine, batch_size, 1 + max_new_tokens)
+        decoder.admit(prompt[0].tolist(), range(batch_size), max_new_tokens, Sampling(temperature=0))
+        while decoder.step():
+            pass
         return (time.perf_counter() - began) / (batch_size * max_new_tokens)
 
     @torch.no_grad()
@@ -214,7 +218,7 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
         return (time.perf_counter() - began) / (batch_size * len(lengths))
 
     ours(), theirs()
-    weights = model.get_num_params() * bytes_kept
+    weights = engine.model.get_num_params() * bytes_kept
     share = {"weight_bytes": weights, "memory_bytes_per_s": machine.memory_speed(place)}
     return ours, theirs, share
 

@@ -11,7 +11,6 @@ Shapes: B batch, T time, C = n_embd channels, V vocabulary, n_kv heads of keys a
 
 import importlib
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -80,83 +79,25 @@ class GPTConfig:
         return found
 
 
-@dataclass
-class Sampling:
-    """How the next token is chosen from the logits, in the order of the fields."""
-
-    repetition_penalty: float = 1.0  # logits of tokens already in the text: divided if positive, else multiplied
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: int | None = None  # keeps the k likeliest tokens; 0 or None keeps all
-    top_p: float = 1.0  # keeps the likeliest tokens that together reach this probability
-    min_p: float = 0.0  # keeps tokens at least this likely, relative to the likeliest
-
-    def problems(self) -> list[str]:
-        """What is out of range, one line each."""
-        rules = [
-            (1e-6 <= self.repetition_penalty <= 1e6, "repetition_penalty must be from 1e-6 to 1e6 (1 is off)"),
-            (0 <= self.temperature < math.inf, "temperature must be 0 (greedy) or a positive number"),
-            (self.top_k is None or self.top_k >= 0, "top_k must be 0 (off) or a positive number"),
-            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1 (off)"),
-            (0 <= self.min_p <= 1, "min_p must be from 0 (off) to 1"),
-        ]
-        return [f"{rule}, not {getattr(self, rule.split()[0])}" for holds, rule in rules if not holds]
-
-
 class KVCache:
-    """Keys and values of the tokens seen so far, row by row, in memory that is reserved once.
+    """Keys and values of the tokens seen so far, in memory that is reserved once.
 
-    keys, values: (n_layer, B, n_kv, capacity, head_dim). Of row b, lengths[b] positions are filled.
+    keys, values: (n_layer, B, n_kv, capacity, head_dim), of which the first `length` positions are filled.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, rows, config.n_kv_head, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked value counts 0 times, and 0 x NaN
-        self.values = torch.zeros(shape, device=device, dtype=dtype)  # would be NaN
-        self.lengths = [0] * rows
-        self.filling: list[int] | None = None  # the rows that a prompt is read for; None in a step
-
-    def open_step(self) -> torch.Tensor:
-        """Readies the cache for one more token a row; returns their positions (B,)."""
-        self.end = max(self.lengths) + 1
-        self.at = torch.tensor(self.lengths, device=self.keys.device)
-        is_even = min(self.lengths) == max(self.lengths)  # then plain slices do, which is faster
-        self.slots = None if is_even else Slots(self.keys, self.values, self.at, self.end)
-        self.lengths = [length + 1 for length in self.lengths]
-        return self.at
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Stores k, v (B, n_kv, T, head_dim); returns the keys and values to attend to, and a mask or None.
-
-        A prompt (one for all the rows in `filling`) attends to itself; a step's one token to all its row holds.
+        """Stores k, v (B, n_kv, T, head_dim) behind what is there; returns the keys and values to attend to, and a mask
+        or None: a prompt fills an empty cache, so each of its tokens sees those before it, and a step's one token all.
         """
-        if self.filling is None and self.slots is not None:
-            return self.slots.extend(layer, k, v)
-        keys, values = self.keys[layer], self.values[layer]
-        if self.filling is not None:
-            keys[self.filling, :, : k.size(2)] = k.to(keys.dtype)
-            values[self.filling, :, : v.size(2)] = v.to(values.dtype)
-            return k, v, None
-        keys[:, :, self.end - 1] = k[:, :, 0]
-        values[:, :, self.end - 1] = v[:, :, 0]
-        return keys[:, :, : self.end], values[:, :, : self.end], None
-
-
-class Slots:
-    """A cache in a step whose rows may differ in length: keys, values of each layer (B, n_kv, capacity, head_dim), of
-    which the first `end` count; row b's new token stands at at[b]. Nothing in it depends on values, only on shapes.
-    """
-
-    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], at: torch.Tensor, end: int):
-        self.keys, self.values, self.at, self.end = keys, values, at, end
-        self.rows = torch.arange(at.size(0), device=at.device)
-        self.mask = (torch.arange(end, device=at.device) <= at[:, None])[:, None, None]  # (B, 1, 1, end)
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """As KVCache.extend in a step."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, :, self.at] = k[:, :, 0].to(keys.dtype)
-        values[self.rows, :, self.at] = v[:, :, 0].to(values.dtype)
-        return keys[:, :, : self.end], values[:, :, : self.end], self.mask
+        keys, values, end = self.keys[layer], self.values[layer], self.length + k.size(2)
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end], None
 
 
 class DrawnInMemory:
@@ -273,13 +214,13 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.c_fc(x)
+        return self.dropout(self.c_proj(self.activate(self.c_fc(x))))
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_gated:
             gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
-        else:
-            x = F.gelu(x, approximate="tanh")
-        return self.dropout(self.c_proj(x))
+            return F.silu(gate) * up
+        return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -564,102 +505,25 @@ class GPT(nn.Module):
         return KVCache(self.config, rows, min(length, self.config.block_size), weight.device, dtype)
 
     @torch.no_grad()
-    def prefill(self, prompt: Sequence[int], cache: KVCache, rows: list[int]) -> torch.Tensor:
-        """Reads a prompt of up to block_size tokens once, for all the given rows of the cache, in place of what they
-        held. Returns the logits of the token that follows, (V,).
+    def prefill(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Reads prompts (B, T) of up to block_size tokens, in place of what the cache held; returns the logits of the
+        tokens that follow, (B, V).
         """
-        idx = torch.as_tensor(prompt, device=self.lm_head.weight.device)
-        cache.filling = rows
-        x = self._hidden(idx[None], torch.arange(len(idx), device=idx.device), cache)
-        cache.filling = None
-        for row in rows:
-            cache.lengths[row] = len(idx)
-        return self.lm_head(x[0, -1:])[0]
+        cache.length = 0
+        return self._read(idx, cache)
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Puts one token (B,) behind each row of the cache; returns the logits of those that follow, (B, V)."""
-        position = cache.open_step()
-        return self.lm_head(self._hidden(tokens[:, None], position[:, None], cache)[:, 0])
+        return self._read(tokens[:, None], cache)
+
+    def _read(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        end = cache.length + idx.size(1)
+        x = self._hidden(idx, torch.arange(cache.length, end, device=idx.device), cache)
+        cache.length = end
+        return self.lm_head(x[:, -1])
 
     @torch.no_grad()
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
-        vocab_size: int | None = None,
-        seeds: Sequence[int] | None = None,
-        engine=None,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Continues the prompts, lists of ids of any lengths; yields max_new_tokens times the next token of each, (B,),
-        and the logits (B, V) that it was drawn from, as they were before `sampling`; they hold until the next step.
-
-        Ids from vocab_size on are never drawn. Row b draws with seeds[b], whatever the other rows are; without seeds,
-        torch's generator serves. Equal prompts are read once. `engine` takes the steps and makes the cache for them: an
-        object with this class's `step` and `new_cache`, by default the model itself.
-
-        Each token is drawn given all before it while they fit in block_size. A longer prompt counts by its last
-        block_size tokens, and whenever a row's context is full its older half is dropped, so that the cost of a token
-        stays what it is: within a half, the context is from half to all of block_size long.
-
-        Raises ValueError for an empty prompt or a setting out of range.
-        """
-        sampling, engine = sampling or Sampling(), engine or self
-        if problems := sampling.problems():
-            raise ValueError("; ".join(problems))
-        if not prompts or not all(prompts):
-            raise ValueError("the prompt must hold at least one token")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-        block_size, device, rows = self.config.block_size, self.lm_head.weight.device, len(prompts)
-        copies = 1
-        if rows == 1 and device.type == "cpu" and self.lm_head.weight.dtype != torch.float32:
-            copies = 2  # oneDNN rounds a single row otherwise than several, and this row shall be the same in any batch
-        if seeds is None:
-            uniform = torch.rand(max_new_tokens, rows)
-        else:
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            uniform = torch.stack([torch.rand(max_new_tokens, generator=generator) for generator in generators], dim=1)
-        prompts, uniform = list(prompts) * copies, uniform.repeat(1, copies).to(device)
-        training = self.training
-        self.eval()
-        try:
-            cache = engine.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
-            same: dict[tuple[int, ...], list[int]] = {}
-            for row, prompt in enumerate(prompts):
-                same.setdefault(tuple(prompt), []).append(row)
-            logits = torch.empty(len(prompts), self.lm_head.weight.size(0), device=device)
-            for prompt, its_rows in same.items():
-                logits[its_rows] = self.prefill(prompt[-block_size:], cache, its_rows).float()
-            text: list[torch.Tensor] = []  # the tokens drawn so far, each (B,)
-            seen = None
-            if sampling.repetition_penalty != 1:
-                seen = torch.zeros_like(logits, dtype=torch.bool)
-                for prompt, its_rows in same.items():
-                    seen[its_rows] = seen[its_rows].index_fill(1, torch.tensor(prompt, device=device), True)
-            for n in range(max_new_tokens):
-                logits = logits[:, :vocab_size].float()
-                tokens = draw(logits, sampling, uniform[n], None if seen is None else seen[:, :vocab_size])
-                yield tokens[:rows], logits[:rows]
-                if seen is not None:
-                    seen.scatter_(1, tokens[:, None], True)
-                if n + 1 == max_new_tokens:
-                    break
-                for row, length in enumerate(cache.lengths):
-                    if length == block_size:
-                        keep = max(1, block_size // 2) - 1  # and with the new token, half
-                        cache.lengths[row] = 0
-                        if keep:
-                            drawn = [tokens[row] for tokens in text[-keep:]]
-                            before = torch.tensor(prompts[row][-keep:], device=device)
-                            context = torch.cat((before, torch.stack(drawn))) if drawn else before
-                            self.prefill(context[-keep:], cache, [row])
-                text.append(tokens)
-                logits = engine.step(tokens, cache)
-        finally:
-            self.train(training)
-
     def generate(
         self,
         idx: torch.Tensor,
@@ -667,50 +531,36 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         vocab_size: int | None = None,
-        seeds: Sequence[int] | None = None,
-        engine=None,
-        **sampling: float,
     ) -> torch.Tensor:
         """Continues the prompts idx (B, T) int64 by max_new_tokens; returns (B, T + max_new_tokens).
 
-        Further keywords are Sampling's: top_p, min_p, repetition_penalty. The rest is as `stream` describes it.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest alone, 0 or None all; ids from vocab_size
+        on are never drawn. Each token is drawn given all before it while they fit in block_size. A longer prompt counts
+        by its last block_size tokens, and whenever the context is full its older half is dropped, so that the cost of a
+        token stays what it is. Raises ValueError for an empty prompt or a setting out of range.
         """
-        if idx.dim() != 2:
-            raise ValueError("idx must be of shape (B, T)")
-        how = Sampling(temperature=temperature, top_k=top_k, **sampling)
-        steps = self.stream(idx.tolist(), max_new_tokens, how, vocab_size, seeds, engine)
-        return torch.cat((idx, *(tokens[:, None] for tokens, _ in steps)), dim=1)
-
-
-def draw(
-    logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor, seen: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Draws a token a row by inverting the cumulative distribution of what `sampling` leaves.
-
-    logits (B, V) float32, uniform (B,) in [0, 1), seen (B, V) bool, the tokens that are in the text already -> (B,).
-    What ties with the last token that is kept is kept too. The repetition penalty is CTRL's (Keskar et al., 2019),
-    top_p nucleus sampling (Holtzman et al., 2019), min_p that of Nguyen et al. (2024).
-    """
-    if seen is not None:
-        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    if sampling.top_k:
-        threshold = logits.topk(min(sampling.top_k, logits.size(-1)), sorted=False).values.amin(dim=-1, keepdim=True)
-        logits = logits.masked_fill(logits < threshold, -math.inf)
-    # The maximum is taken off first: divided by a tiny temperature, the logits themselves would overflow.
-    limits = torch.finfo(torch.float32)
-    temperature = min(max(sampling.temperature, limits.tiny), limits.max)
-    probs = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
-    if sampling.top_p < 1:
-        ordered = probs.sort(dim=-1, descending=True).values
-        before = ordered.cumsum(dim=-1) - ordered  # the mass of what is likelier
-        last = (before < sampling.top_p).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-        probs = probs.masked_fill(probs < ordered.gather(1, last), 0)
-    if sampling.min_p > 0:
-        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(dim=-1, keepdim=True), 0)
-    cumulative = probs.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    point = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return ((cumulative > point) & (probs > 0)).int().argmax(dim=-1)
+        if idx.dim() != 2 or idx.size(1) == 0:
+            raise ValueError("idx must be of shape (B, T): each prompt must hold at least one token")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or a positive number, not {top_k}")
+        block_size, training = self.config.block_size, self.training
+        self.eval()
+        cache = self.new_cache(idx.size(0), idx.size(1) + max_new_tokens)
+        for n in range(max_new_tokens):
+            if n == 0 or cache.length == block_size:
+                logits = self.prefill(idx[:, -(block_size if n == 0 else max(1, block_size // 2)) :], cache)
+            else:
+                logits = self.step(idx[:, -1], cache)
+            logits = logits[:, :vocab_size].float()
+            if top_k:
+                least = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            idx = torch.cat((idx, token), dim=1)
+        self.train(training)
+        return idx

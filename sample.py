@@ -32,17 +32,17 @@ configurator.configure(globals())
 
 import functools
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from configurator import UserError
-from model import GPT, Sampling
 from quartz import compiled, files, machine, sources, tokenizer
+from quartz.decoder import Decoder, Drawn, Sampling
 
 GPU_CHUNK = 16  # tokens that a GPU is ahead of what is shown, so that it need not wait
 SEPARATOR = "---------------"
@@ -65,18 +65,14 @@ def check_settings() -> None:
             f"logprobs={logprobs} would overwrite a checkpoint or the prompt",
         ),
     ]
-    looks = [lambda: machine.check_machine(device, dtype), read_prompts]
-    if quantize:
-        looks.append(check_quantize)
-    if logprobs:
-        looks.append(check_report)
-    looks.append(lambda: sources.check(init_from, out_dir))
+    looks = [
+        lambda: machine.check_machine(device, dtype),
+        lambda: compiled.check_quantize(quantize, device),
+        read_prompts,
+        lambda: files.check_writable("logprobs", logprobs),
+        lambda: sources.check(init_from, out_dir),
+    ]
     configurator.check(rules, looks)
-
-
-def check_quantize() -> None:
-    if (place := machine.pick_device(device)).type != "cpu":
-        raise UserError(f"quantize={quantize} is for CPUs, not for {place.type}: leave it out, or add --device=cpu")
 
 
 def stops() -> list[str]:
@@ -111,40 +107,40 @@ def encode(prompts: list[str], tokens: tokenizer.Tokenizer, block_size: int) -> 
     return ids
 
 
-def check_memory(model: GPT, rows: int, length: int, place: torch.device) -> None:
-    """Raises UserError where the cache, and the logits with what is drawn from them, would not fit."""
-    c, there = model.config, machine.available_memory(place)
-    element = 4 if place.type == "cpu" else machine.pick_dtype(dtype, place).itemsize
-    cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * min(length, c.block_size) * element
-    needed = rows * (cache + 8 * c.vocab_size * 4 + 3 * max_new_tokens * 4)
-    if there is not None and needed > there:
-        raise UserError(
-            f"{rows} texts of {length} tokens need {needed / 2**30:.1f} GiB (a cache of {rows * cache / 2**30:.1f}), "
-            f"and {there / 2**30:.1f} GiB are free: take fewer samples or prompts, or a smaller max_new_tokens"
-        )
+@dataclass
+class Text:
+    """A prompt and its continuation, as far as it is known."""
+
+    prompt: str
+    stream: tokenizer.TextStream
+    unshown: str
+    drawn: list[Drawn] = field(default_factory=list)
+    is_over: bool = False
+
+    def take(self, drawn: Drawn) -> None:
+        self.drawn.append(drawn._replace(logits=None))
+        self.unshown += self.stream.feed(drawn.token) + (self.stream.finish() if drawn.end else "")
+        self.is_over = self.stream.is_done or drawn.end is not None
 
 
-def generate(model: GPT, engine, rows: list[list[int]], vocab_size: int, ahead: int) -> Iterator[tuple[list, list]]:
-    """Yields, token for token, the ids and the log-probabilities of all rows; reads them `ahead` tokens at a time."""
-    seeds = [seed + n % num_samples for n in range(len(rows))]
-    ids, given = [], []
-    for n, (tokens, logits) in enumerate(model.stream(rows, max_new_tokens, how(), vocab_size, seeds, engine), 1):
-        if n == 1 and not logits.isfinite().all():
-            raise UserError("the model's logits are not finite: its weights are damaged, or too large for this dtype")
-        ids.append(tokens)
-        given.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0] if logprobs else tokens)
-        if len(ids) == ahead or n == max_new_tokens:
-            yield from zip(torch.stack(ids).tolist(), torch.stack(given).tolist(), strict=True)
-            ids, given = [], []
+def show(texts: deque[Text]) -> None:
+    """Writes what is certain, one text after the other, each as far as it is known; takes off what is over."""
+    while texts:
+        sys.stdout.write(texts[0].unshown)
+        texts[0].unshown = ""
+        if not texts[0].is_over:
+            break
+        sys.stdout.write(f"\n{SEPARATOR}\n")
+        texts.popleft()
+    if sys.stdout.isatty():
+        sys.stdout.flush()
 
 
-def check_report() -> None:
-    """Raises UserError where logprobs can't be written: that is to show before the work, not after it."""
-    if os.path.isdir(logprobs):
-        raise UserError(f"logprobs={logprobs} is a folder: name a file")
-    with files.writing(f"logprobs={logprobs}"):
-        Path(f"{logprobs}.tmp").touch()
-        Path(f"{logprobs}.tmp").unlink()
+def report(text: Text, tokens: tokenizer.Tokenizer) -> str:
+    """A line of JSON."""
+    ids, logprobs = [drawn.token for drawn in text.drawn], [drawn.logprob for drawn in text.drawn]
+    pieces = [tokens.token_bytes(i).decode("utf-8", "replace") for i in ids]
+    return json.dumps({"prompt": text.prompt, "ids": ids, "tokens": pieces, "logprobs": logprobs}) + "\n"
 
 
 def main() -> None:
@@ -153,61 +149,43 @@ def main() -> None:
     kept = torch.float32 if dtype == "auto" and place.type == "cpu" else machine.pick_dtype(dtype, place)
     model, tokenizer_data, _ = sources.model_and_tokenizer(init_from, out_dir)
     if tokenizer_data is None:
-        raise UserError(
-            f"{out_dir if init_from == 'resume' else init_from} has no tokenizer: put its tokenizer.json there"
-        )
+        name = out_dir if init_from == "resume" else init_from
+        raise UserError(f"{name} has no tokenizer: put its tokenizer.json there")
     tokens = tokenizer.from_data(tokenizer_data)
     prompts = read_prompts()
     ids = encode(prompts, tokens, model.config.block_size)
-    check_memory(model, len(ids) * num_samples, max(map(len, ids)) + max_new_tokens, place)
-    rows = [prompt for prompt in ids for _ in range(num_samples)]
-    engine = compiled.prepare(model.eval(), place, kept, quantize == "int8", len(rows), max_new_tokens, compile)
-    streams = [tokenizer.TextStream(tokens, stops()) for _ in rows]
-    texts = [prompts[n // num_samples] for n in range(len(rows))]  # what is still to be shown of each
-    drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in rows]
-    began, steps, shown = time.perf_counter(), 0, 0
+    rows, length = len(prompts) * num_samples, max(map(len, ids)) + max_new_tokens
+    compiled.check_memory(model.config, rows, length, place, kept)
 
-    def show(is_end: bool = False) -> None:
-        """Writes what is certain: one text after the other, each as far as it is known."""
-        nonlocal shown
-        while shown < len(rows):
-            sys.stdout.write(texts[shown])
-            texts[shown] = ""
-            if not (is_end or streams[shown].is_done):
-                break
-            sys.stdout.write(f"\n{SEPARATOR}\n")
-            shown += 1
-        if sys.stdout.isatty():
-            sys.stdout.flush()
+    # Each prompt is read once, for as many rows as it has samples
+    engine = compiled.prepare(model, place, kept, quantize == "int8", rows, max_new_tokens, compile, gives_up=True)
+    ahead = 1 if place.type == "cpu" else GPU_CHUNK
+    decoder = Decoder(engine, rows, length, tokens.vocab_size, ahead=ahead, logprobs=bool(logprobs))
+    texts: dict[int, Text] = {}
+    for prompt, its_ids in zip(prompts, ids, strict=True):
+        for row in decoder.admit(its_ids, range(seed, seed + num_samples), max_new_tokens, how()):
+            texts[row] = Text(prompt, tokenizer.TextStream(tokens, stops()), prompt)
 
-    show()
-    for new_ids, new_logprobs in generate(
-        model, engine, rows, tokens.vocab_size, 1 if place.type == "cpu" else GPU_CHUNK
-    ):
-        steps += 1
-        for row, stream in enumerate(streams):
-            if not stream.is_done:
-                texts[row] += stream.feed(new_ids[row])
-                if logprobs:
-                    drawn[row][0].append(new_ids[row])
-                    drawn[row][1].append(new_logprobs[row])
-        show()
-        if shown == len(rows):
-            break
-    seconds = time.perf_counter() - began
-    for row, stream in enumerate(streams):
-        texts[row] += stream.finish()
-    show(is_end=True)
+    # Each step adds tokens to every text that is not over
+    waiting, began, is_first = deque(texts.values()), time.perf_counter(), True
+    show(waiting)
+    while found := decoder.step():
+        if is_first and not all(drawn.logits.isfinite().all() for drawn in found):
+            raise UserError("the model's logits are not finite: its weights are damaged, or too large for this dtype")
+        is_first = False
+        for drawn in found:
+            text = texts[drawn.row]
+            if not text.is_over:
+                text.take(drawn)
+            if text.is_over and not drawn.end:
+                decoder.release(drawn.row)
+        show(waiting)
+    seconds, steps = time.perf_counter() - began, max(len(text.drawn) for text in texts.values())
     if logprobs:
-        lines = []
-        for row, (its_ids, its_logprobs) in enumerate(drawn):
-            pieces = [tokens.token_bytes(i).decode("utf-8", "replace") for i in its_ids]
-            line = {"prompt": prompts[row // num_samples], "ids": its_ids, "tokens": pieces, "logprobs": its_logprobs}
-            lines.append(json.dumps(line) + "\n")
         with files.writing(f"logprobs={logprobs}", "what was there is untouched"):
-            files.write(Path(logprobs), "".join(lines).encode())
-    rate = len(rows) * steps / seconds
-    print(f"{len(rows)} x {steps} tokens in {seconds:.2f} s, {rate:,.0f} tokens/s", file=sys.stderr)
+            files.write(Path(logprobs), "".join(report(text, tokens) for text in texts.values()).encode())
+    count = sum(len(text.drawn) for text in texts.values())
+    print(f"{rows} x {steps} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
-"""Faster ways to take GPT.step: weights in fewer bits, a compiled step on CPUs, a CUDA graph on GPUs.
-
-One token reads every weight once, so decoding is as fast as memory delivers them. On CPUs arithmetic is in float32
-whatever the weights are kept in: a text does not depend on whether the step is compiled, nor on the rows beside it.
-(The exception, for speed, is many rows in bfloat16: see `prepare`.) Fewer bits are read by a compiled step alone;
-without one the weights have the values that those bits can hold, in float32.
+"""Faster engines: a compiled step with weights in fewer bits on CPUs, a CUDA graph on GPUs. `prepare` picks one.
 
 A compiled step is two small packages of machine code, one for a block and one for the head, made by PyTorch's
-ahead-of-time compiler from the model's own code and kept in ~/.cache/quartzgpt for every later run.
+ahead-of-time compiler from the model's own code and kept in ~/.cache/quartzgpt for every later run. A text does not
+depend on whether the step is compiled.
 """
 
 import copy
@@ -19,20 +15,21 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import model as model_module
-from model import GPT, CausalSelfAttention, KVCache, Slots
+from configurator import UserError
+from model import GPT, CausalSelfAttention, GPTConfig
 from quartz import machine
+from quartz.engine import CPU, Engine, RowCache
 
 MAX_COMPILED_ROWS = 8  # above, a matrix product does better than as many products of a matrix and a vector
 COMPILE_SECONDS = 20.0  # what the first compilation takes on two cores, at most
 SLOW_MEMORY = 20e9  # bytes/s that an uncompiled step reads, for the estimate of what compiling saves
-ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product beats its cost of dispatch
 
 
 class PackedLinear(nn.Module):
@@ -58,15 +55,6 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class OneDnnLinear(nn.Linear):
-    """nn.Linear in float32 by oneDNN, which reads a weight up to twice as fast as the BLAS behind F.linear."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
 class WrittenOutAttention(CausalSelfAttention):
     """Attention of one query a row, written out: in a compiled step it becomes loops of its own."""
 
@@ -80,81 +68,109 @@ class WrittenOutAttention(CausalSelfAttention):
         return (weights.mT * v).sum(-2, keepdim=True).flatten(1, 2)
 
 
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight (N, K) -> int8 (N, K) and float32 scale (N,): each row's largest magnitude becomes 127."""
-    scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+class Slots:
+    """A cache in a step whose rows may differ in length: keys, values of each layer (B, n_kv, capacity, head_dim), of
+    which the first `end` count; row b's new token stands at at[b]. Nothing in it depends on values, only on shapes.
+    """
 
+    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], at: torch.Tensor, end: int):
+        self.keys, self.values, self.at, self.end = keys, values, at, end
+        self.rows = torch.arange(at.size(0), device=at.device)
+        self.mask = (torch.arange(end, device=at.device) <= at[:, None])[:, None, None]  # (B, 1, 1, end)
 
-def pack(model: GPT, dtype: torch.dtype, quantize: bool) -> dict[nn.Parameter, tuple]:
-    """The matrices in `dtype`, or in int8 with a scale a row; the model goes on with the same values in float32."""
-    packed = {}
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight not in packed:
-                weight, scale = quantize_rows(module.weight) if quantize else (module.weight.to(dtype), None)
-                if quantize or dtype != torch.float32:
-                    module.weight.copy_(weight.float() if scale is None else weight * scale[:, None])
-                packed[module.weight] = (weight, scale)
-    return packed
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """As KVCache.extend."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.rows, :, self.at] = k[:, :, 0].to(keys.dtype)
+        values[self.rows, :, self.at] = v[:, :, 0].to(values.dtype)
+        return keys[:, :, : self.end], values[:, :, : self.end], self.mask
 
 
 def prepare(
-    model: GPT, place: torch.device, dtype: torch.dtype, quantize: bool, rows: int, steps: int, may_compile: bool
+    model: GPT,
+    place: torch.device,
+    dtype: torch.dtype,
+    quantize: bool,
+    rows: int,
+    steps: int,
+    may_compile: bool,
+    gives_up: bool = False,
 ):
-    """Makes the model ready on `place` to take `steps` steps with `rows` rows; returns the engine for GPT.stream.
+    """An engine on `place` for `rows` rows, of which `steps` steps are to be expected.
 
     With more than MAX_COMPILED_ROWS rows in bfloat16, on a CPU that computes in it, products are in bfloat16 too: that
     is twice as fast.
     """
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # where graphs are captured
     if place.type != "cpu":
-        model.to(place, dtype)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)  # where graphs are captured
-            return GraphedStep(model)
-        return model
+        return (GraphedStep if place.type == "cuda" else Engine)(model, place, dtype, gives_up=gives_up)
     if dtype == torch.bfloat16 and not quantize and rows > MAX_COMPILED_ROWS and machine.cpu_has_bfloat16():
-        return model.to(dtype)
-    packed = pack(model.float(), dtype, quantize)
+        return Engine(model, place, dtype, dtype, gives_up=gives_up)
+    engine = Engine(model, place, torch.float32, dtype, quantize, gives_up)
     if may_compile and rows <= MAX_COMPILED_ROWS and model.config.block_size >= 4:
         try:
-            step = CompiledStep(model, packed, rows)
-            if step.is_compiled() or pays(packed, steps):
+            step = CompiledStep(engine, rows)
+            if step.is_compiled() or pays(model.get_num_params(), engine.kept.itemsize, steps):
                 step.compile()
                 return step
         except Exception as error:  # whatever a compiler or a folder that is missing, old or broken raises
             reason = machine.why_no_compiler(place) or f"{type(error).__name__}: {error}".split("\n")[0][:200]
             print(f"warning: the step can't be compiled ({reason}); going on without", file=sys.stderr)
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight.numel() >= ONEDNN_SIZE:
-                module.__class__ = OneDnnLinear
-    return model
+    return engine
 
 
-def pays(packed: dict, steps: int) -> bool:
-    """Whether compiling saves this run a quarter of its cost: then from the fourth such run on it has paid."""
-    full = sum(4 * weight.numel() for weight, _ in packed.values())
-    small = sum(weight.numel() * weight.element_size() for weight, _ in packed.values())
-    return steps * (full - 0.75 * small) / SLOW_MEMORY > COMPILE_SECONDS / 4
+def check_quantize(quantize: str, device: str) -> None:
+    """Raises UserError where weights in fewer bits are asked for, and would not be read as such."""
+    if quantize and (place := machine.pick_device(device)).type != "cpu":
+        raise UserError(f"quantize={quantize} is for CPUs, not for {place.type}: leave it out, or add --device=cpu")
 
 
-class GraphedStep:
-    """GPT.step as a CUDA graph: static shapes, one launch a token, nothing that waits for the GPU."""
+def check_memory(config: GPTConfig, rows: int, length: int, place: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where the cache, and the logits with what is drawn from them, would not fit."""
+    there, element = machine.available_memory(place), 4 if place.type == "cpu" else dtype.itemsize
+    capacity = min(length, config.block_size)
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * capacity * element
+    needed = rows * (cache + 8 * config.vocab_size * 4 + 3 * length * 4)
+    if there is not None and needed > there:
+        raise UserError(
+            f"{rows} texts of {length} tokens need {needed / 2**30:.1f} GiB (a cache of {rows * cache / 2**30:.1f}), "
+            f"and {there / 2**30:.1f} GiB are free: take fewer samples or prompts, or a smaller max_new_tokens"
+        )
 
-    def __init__(self, model: GPT):
-        self.model, self.cache = model, None
-        self.new_cache = model.new_cache
+
+def pays(weights: int, each: int, steps: int) -> bool:
+    """Whether compiling saves a run that reads so many weights, of `each` bytes, a quarter of its cost: then from the
+    fourth such run on it has paid.
+    """
+    return steps * weights * (4 - 0.75 * each) / SLOW_MEMORY > COMPILE_SECONDS / 4
+
+
+class GraphedStep(Engine):
+    """An engine whose step is a CUDA graph: static shapes, one launch a token, nothing that waits for the GPU."""
+
+    cache: RowCache | None = None  # the one that the graph was captured for
+
+    def new_cache(self, rows: int, length: int) -> RowCache:
+        """Its last position is nobody's: a step writes there for rows that it leaves as they are."""
+        weight, config = self.model.lm_head.weight, self.model.config
+        return RowCache(config, rows, min(length, config.block_size) + 1, weight.device, weight.dtype, threads=1)
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.cache = None  # weights may lie elsewhere now
 
     def compute(self) -> torch.Tensor:
-        slots = Slots(self.cache.keys, self.cache.values, self.at, self.cache.keys.size(3))
-        hidden = self.model._hidden(self.tokens[:, None], self.at[:, None], slots)
-        return self.model.lm_head(hidden[:, 0])
+        keys, values = self.cache.keys[:, 0], self.cache.values[:, 0]
+        slots = Slots(keys, values, self.at, keys.size(3))
+        position = self.at.clamp(max=self.model.config.block_size - 1)
+        return self.model.lm_head(self.model._hidden(self.tokens[:, None], position[:, None], slots)[:, 0])
 
-    def capture(self, tokens: torch.Tensor, cache: KVCache) -> None:
-        self.cache, self.tokens = cache, tokens.clone()
-        self.at = torch.tensor(cache.lengths, device=tokens.device)
-        self.lengths = list(cache.lengths)
+    def capture(self, cache: RowCache) -> None:
+        self.cache, device = cache, cache.keys.device
+        self.tokens = torch.zeros(cache.rows, dtype=torch.long, device=device)
+        self.at = torch.full((cache.rows,), cache.keys.size(4) - 1, device=device)
+        self.places = self.at.tolist()  # what `at` holds
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -166,28 +182,47 @@ class GraphedStep:
             self.logits = self.compute()
 
     @torch.no_grad()
-    def step(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """As GPT.step. The logits are overwritten by the next step."""
+    def step(self, tokens: torch.Tensor, cache: RowCache, rows: list[int]) -> torch.Tensor:
         if self.cache is not cache:
-            self.capture(tokens, cache)
-        if self.lengths != cache.lengths:  # a prompt was read since
-            self.at.copy_(torch.tensor(cache.lengths))
-        self.tokens.copy_(tokens)
+            self.capture(cache)
+        places, index = spread(cache, rows)
+        if self.places != places:  # not just one further than before
+            self.at.copy_(torch.tensor(places))
+        if index is None:
+            self.tokens.copy_(tokens)
+        else:
+            self.tokens[index] = tokens
         self.graph.replay()
         self.at += 1
-        cache.lengths = [length + 1 for length in cache.lengths]
-        self.lengths = list(cache.lengths)
-        return self.logits
+        self.places = [place + 1 for place in places]
+        return self.logits if index is None else self.logits[index]
+
+
+def spread(cache: RowCache, rows: list[int]) -> tuple[list[int], torch.Tensor | None]:
+    """For a step of all rows: where each row's token goes, and which rows count, or None if all do.
+
+    What does not count goes to the cache's last position, where no text comes to.
+    """
+    if len(rows) == cache.rows:
+        places, index = [*cache.lengths], None
+    else:
+        places = [cache.keys.size(4) - 1] * cache.rows
+        for row in rows:
+            places[row] = cache.lengths[row]
+        index = torch.tensor(rows, device=cache.keys.device)
+    for row in rows:
+        cache.lengths[row] += 1
+    return places, index
 
 
 class CompiledStep:
-    """GPT.step on a CPU for a fixed number of rows, as machine code for a block and for the head."""
+    """An engine whose step, on a CPU and for a fixed number of rows, is machine code for a block and for the head."""
 
-    def __init__(self, model: GPT, packed: dict[nn.Parameter, tuple], rows: int):
-        self.model, self.packed, self.rows = model, packed, rows
-        self.capacity = model.config.block_size + 8  # more than any length: the tracer wants the two told apart
-        c, (weight, _) = model.config, packed[model.lm_head.weight]
-        what = [torch.__version__, c, rows, weight.dtype, torch.get_num_threads(), _cpu()]
+    def __init__(self, engine: Engine, rows: int):
+        self.engine, self.model, self.rows = engine, engine.model, rows
+        self.prefill = engine.prefill
+        self.capacity = self.model.config.block_size + 8  # more than any length: the tracer wants the two told apart
+        what = [torch.__version__, self.model.config, rows, engine.kept, torch.get_num_threads(), _cpu()]
         what += [Path(file).read_bytes() for file in (__file__, model_module.__file__)]
         key = hashlib.sha256("\n".join(map(repr, what)).encode()).hexdigest()[:16]
         self.paths = [cache_folder() / f"{part}-{key}.pt2" for part in ("block", "head")]
@@ -199,9 +234,21 @@ class CompiledStep:
         except (OSError, zipfile.BadZipFile, zlib.error):
             return False
 
-    def new_cache(self, rows: int, length: int) -> KVCache:
+    def new_cache(self, rows: int, length: int) -> RowCache:
         assert rows == self.rows, "compiled for another number of rows"
-        return KVCache(self.model.config, rows, self.capacity, torch.device("cpu"), torch.float32)
+        return RowCache(self.model.config, rows, self.capacity, CPU, torch.float32, threads=1)
+
+    def refresh(self) -> None:
+        self.engine.refresh()
+        self.take_weights()
+
+    def take_weights(self) -> None:
+        """Lays out the weights, packed, as the machine code wants them."""
+        matrices = {part.weight for part in self.model.modules() if isinstance(part, nn.Linear)}
+        self.packed = {weight: self.engine.packed(weight) for weight in matrices}
+        self.layers = [list(self.tensors(block).values()) for block in self.model.transformer.h]
+        self.head = nn.Sequential(self.model.transformer.ln_f, self.model.lm_head)
+        self.head_weights = list(self.tensors(self.head).values())
 
     def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """What `packed_copy(module)` computes with, by name, from this module's weights."""
@@ -215,21 +262,19 @@ class CompiledStep:
         return found
 
     def packed_copy(self, module: nn.Module) -> nn.Module:
-        twin = copy.deepcopy(module)
+        double = copy.deepcopy(module)
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear):
                 parent, _, leaf = name.rpartition(".")
-                setattr(twin.get_submodule(parent), leaf, PackedLinear(*self.packed[part.weight], part.bias))
+                setattr(double.get_submodule(parent), leaf, PackedLinear(*self.packed[part.weight], part.bias))
             elif isinstance(part, CausalSelfAttention):
-                twin.get_submodule(name).__class__ = WrittenOutAttention
-        return twin
+                double.get_submodule(name).__class__ = WrittenOutAttention
+        return double
 
     def compile(self) -> None:
         """Loads the two packages, after making them if need be."""
         c, transformer = self.model.config, self.model.transformer
-        head = nn.Sequential(transformer.ln_f, self.model.lm_head)
-        self.layers = [list(self.tensors(block).values()) for block in transformer.h]
-        self.head_weights = list(self.tensors(head).values())
+        self.take_weights()
         if not self.is_compiled():
             print("compiling the step: about 20 s, kept for every later run of this shape", file=sys.stderr)
             x = torch.zeros(self.rows, 1, c.n_embd)
@@ -245,10 +290,18 @@ class CompiledStep:
 
             _, rope = self.model.embed(torch.zeros(self.rows, 1, dtype=torch.long), at[:, None])
             rope = list(rope or ())
-            example = (x, at, positions, cache.keys[0], cache.values[0], rope, self.layers[0])
+            example = (
+                x,
+                at,
+                positions,
+                cache.keys[0].flatten(0, 1),
+                cache.values[0].flatten(0, 1),
+                rope,
+                self.layers[0],
+            )
             shapes = (None, None, {0: end}, None, None, [None] * len(rope), [None] * len(names))
             _build(self.paths[0], take_block, example, shapes)
-            packed_head, head_names = self.packed_copy(head), list(self.tensors(head))
+            packed_head, head_names = self.packed_copy(self.head), list(self.tensors(self.head))
 
             def take_head(x, weights):
                 return torch.func.functional_call(packed_head, dict(zip(head_names, weights, strict=True)), x)
@@ -258,16 +311,18 @@ class CompiledStep:
         self.positions = torch.arange(self.capacity)
 
     @torch.no_grad()
-    def step(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """As GPT.step."""
-        at = torch.tensor(cache.lengths)
-        positions = self.positions[: max(cache.lengths) + 1]
-        cache.lengths = [length + 1 for length in cache.lengths]
-        x, rope = self.model.embed(tokens[:, None], at[:, None])
-        for weights, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+    def step(self, tokens: torch.Tensor, cache: RowCache, rows: list[int]) -> torch.Tensor:
+        """As Engine.step."""
+        positions = self.positions[: max(cache.lengths[row] for row in rows) + 1]
+        places, index = spread(cache, rows)
+        at = torch.tensor(places)
+        if index is not None:
+            tokens = torch.zeros(self.rows, dtype=torch.long).index_copy(0, index, tokens)
+        x, rope = self.model.embed(tokens[:, None], at.clamp(max=self.model.config.block_size - 1)[:, None])
+        for weights, keys, values in zip(self.layers, cache.keys[:, 0], cache.values[:, 0], strict=True):
             (x,) = self.run_block([x, at, positions, keys, values, *(rope or ()), *weights])
         (logits,) = self.run_head([x, *self.head_weights])
-        return logits[:, 0]
+        return logits[:, 0] if index is None else logits[index, 0]
 
 
 def cache_folder() -> Path:

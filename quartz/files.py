@@ -26,6 +26,16 @@ def writing(what: str | Path, kept: str = "") -> Iterator[None]:
         raise UserError(f"{what} can't be written: {why}" + (f"; {kept}" if kept else "")) from error
 
 
+def check_writable(name: str, path: str) -> None:
+    """Raises UserError where the file that a setting names can't be written, '' none: to know before the work."""
+    if os.path.isdir(path):
+        raise UserError(f"{name}={path} is a folder: name a file")
+    if path:
+        with writing(f"{name}={path}"):
+            Path(f"{path}.tmp").touch()
+            Path(f"{path}.tmp").unlink()
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yields a place to write to that becomes `path`, which so holds the old content or the new one, never a part.

@@ -222,3 +222,11 @@ def assert_user_error(result: Result, *words: str) -> None:
     assert lines and all(line.startswith("error: ") for line in lines), result.err
     for word in words:
         assert word in result.err, f"{word!r} is not in {result.err!r}"
+
+
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory):
+    """A folder of the tests' own for compiled steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

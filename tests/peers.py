@@ -42,14 +42,15 @@ def ours(dtype: str, streams: int, tokens: int):
     import torch
 
     from quartz import compiled
+    from quartz.decoder import Sampling, complete
 
     model = network()
     kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-    engine = compiled.prepare(model, torch.device("cpu"), kept, dtype == "int8", streams, 10**9, True)
+    engine = compiled.prepare(model, torch.device("cpu"), kept, dtype == "int8", streams, 10**9, True, True)
     idx = torch.randint(SHAPE["vocab_size"], (1, PROMPT)).repeat(streams, 1)
 
     def run():
-        model.generate(idx, tokens, temperature=0, engine=engine)
+        complete(engine, idx.tolist(), tokens, Sampling(temperature=0))
         return tokens
 
     return run

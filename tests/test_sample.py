@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_user_error, flags
 
-import model
-from quartz import checkpoint, machine, tokenizer
+from quartz import checkpoint, compiled, decoder, machine, tokenizer
 
 LINE = "---------------\n"
 
@@ -71,14 +70,15 @@ def test_the_settings_of_sampling_reach_the_model(trained, sample):
         assert sample(num_samples=1, **setting).out == greedy
     assert sample(num_samples=1, temperature=0, repetition_penalty=1e6).out != greedy
     # Half of the weights' bits, and a quarter: another model, if only slightly.
-    before, written = model.GPT.stream, []
+    prepare, written = compiled.prepare, []
 
-    def stream(self, *arguments):
-        written.append(self.lm_head.weight.clone())
-        return before(self, *arguments)
+    def prepared(*arguments, **keywords):
+        engine = prepare(*arguments, **keywords)
+        written.append(engine.model.lm_head.weight.clone())
+        return engine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.GPT, "stream", stream)
+        patch.setattr(compiled, "prepare", prepared)
         assert {sample(num_samples=1, **kept).code for kept in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"})} == {0}
     full, half, quarter = written
     assert torch.equal(half, full.bfloat16().float()) and not torch.equal(half, full)
@@ -150,7 +150,7 @@ def test_the_prompt_may_come_through_a_pipe(trained):
 def test_an_earlier_report_stays_until_the_new_one_is_whole(trained, sample, monkeypatch):
     assert sample(num_samples=1, max_new_tokens=5, logprobs="l.jsonl").code == 0
     before = (trained / "l.jsonl").read_text()
-    monkeypatch.setattr(model.GPT, "stream", lambda *a: 1 / 0)
+    monkeypatch.setattr(decoder.Decoder, "step", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample(num_samples=1, max_new_tokens=5, logprobs="l.jsonl")
     assert (trained / "l.jsonl").read_text() == before
