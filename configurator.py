@@ -16,34 +16,30 @@ of its default: int, float, bool or str. An int may stand for a float; nothing e
 import ast
 import contextlib
 import difflib
-import errno
 import keyword
 import math
 import os
-import re
 import sys
 import tokenize
-import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from inspect import ismodule
 
 from quartz import threads
+from quartz.errors import UserError, check, set_up_terminal, user_errors
 
+__all__ = ["UserError", "check", "configure", "ranges", "settings_of", "user_errors"]
 SETTING_TYPES = (int, float, bool, str)
 # What a setting of that name may be, in whichever script it stands.
 _COUNT = (lambda value: 0 < value < 2**31, "at least 1, and no giant")
 _NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or a positive number")
 _POSITIVE = (lambda value: 0 < value < math.inf, "a positive number")
 _SHARE = (lambda value: 0 <= value < 1, "in [0, 1)")
+_COUNTS = "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size num_samples max_new_tokens"
+_AMOUNTS = "max_iters token_budget weight_decay grad_clip warmup_iters lr_decay_iters min_lr target_val_loss patience"
 RANGES = {
-    **dict.fromkeys(
-        ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size"), _COUNT
-    ),
-    **dict.fromkeys(("num_samples", "max_new_tokens", "rounds", "steps"), _COUNT),
-    **dict.fromkeys(
-        ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr"), _NOT_NEGATIVE
-    ),
-    **dict.fromkeys(("token_budget", "target_val_loss", "patience", "skip_bad_updates"), _NOT_NEGATIVE),
+    **dict.fromkeys((*_COUNTS.split(), "rounds", "steps"), _COUNT),
+    **dict.fromkeys((*_AMOUNTS.split(), "skip_bad_updates"), _NOT_NEGATIVE),
     **dict.fromkeys(("learning_rate", "embedding_lr", "head_lr"), _POSITIVE),
     **dict.fromkeys(("beta1", "beta2", "muon_momentum"), _SHARE),
     "muon_lr": (lambda value: 0 < value <= 1, "a positive number up to 1, the length of an orthogonal matrix's step"),
@@ -55,107 +51,6 @@ RANGES = {
     "schedule": (lambda value: value in ("cosine", "wsd"), "cosine or wsd"),
     "quantize": (lambda value: value in ("", "int8"), "int8, or empty"),
 }
-NO_MORE = {  # what no program can help
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota of the disk is used up",
-    errno.EROFS: "the disk is for reading only",
-}
-
-
-class UserError(Exception):
-    """What the person at the keyboard can put right: each problem is one line, what is wrong and what to do."""
-
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-@contextlib.contextmanager
-def user_errors():
-    """Ends the program with one line a problem on stderr and exit status 2 on a UserError, or where the machine has no
-    room: on the disk, or in memory. A bug raises."""
-    try:
-        yield
-        sys.stdout.flush()
-    except UserError as error:
-        _exit(*error.problems)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        _drop_unwritten()
-        sys.exit(141)
-    except Exception as error:
-        if not (problem := _problem_of_machine(error)):
-            raise
-        _exit(problem)
-
-
-def _problem_of_machine(error: Exception) -> str:
-    """The line for memory that runs out, or for a disk that takes no more, whoever tells of it; empty for a bug."""
-    no_memory = "out of memory|not enough memory|can't allocate memory"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(no_memory, str(error))):
-        return f"not enough memory; lower the sizes of model or batch ({error})"
-    behind = os_error(error)
-    if not isinstance(error, PermissionError) and (behind is None or behind.errno not in NO_MORE):
-        return ""
-    what = behind.filename or ("standard output" if behind is error else "a file")  # files.writing names all others
-    return f"{what} can't be written: {in_words(behind)}"
-
-
-def os_error(error: BaseException) -> OSError | None:
-    """What the operating system has said behind an error: libraries raise one of their own. None where it has not."""
-    while error is not None and not isinstance(error, OSError):
-        if number := re.search(r"\(os error (\d+)\)", str(error)):  # as libraries that are written in Rust pass it on
-            return OSError(int(number[1]), os.strerror(int(number[1])))
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def in_words(error: OSError) -> str:
-    """Why the operating system refuses, as far as possible as a person would say it."""
-    reason = error.strerror or str(error)
-    return f"{NO_MORE[error.errno]} ({reason})" if error.errno in NO_MORE else reason
-
-
-def _exit(*problems: str) -> None:
-    with contextlib.suppress(OSError):  # where they can't be told either
-        for problem in problems:
-            print("error: " + " ".join(problem.split()), file=sys.stderr)
-    _drop_unwritten()
-    sys.exit(2)
-
-
-def _drop_unwritten() -> None:
-    """Sends to nowhere what an output refuses: flushing it at exit would fail again."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _set_up_terminal() -> None:
-    """Prints any character on any terminal, survives a closed one, and takes Ctrl-C without a traceback."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the program
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
-    show = sys.excepthook
-    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else show(kind, *rest)
-
-
-def check(rules: list[tuple[bool, str]], looks: Sequence[Callable[[], object]] = ()) -> None:
-    """Raises one UserError with all that is wrong: the message of every (condition, message) whose condition does not
-    hold, and the problems of every function in `looks` that raises UserError."""
-    problems = [message for holds, message in rules if not holds]
-    for look in looks:
-        try:
-            look()
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
 
 
 def ranges(scope: dict) -> list[tuple[bool, str]]:
@@ -180,7 +75,7 @@ def configure(scope: dict, argv: list[str] | None = None) -> set[str]:
     Returns the names that were set by a file or an argument, whatever their value. Leaves `scope` untouched and exits
     with status 2 if anything is wrong; exits with status 0 after --help.
     """
-    _set_up_terminal()
+    set_up_terminal()
     with user_errors():
         given = _configure(scope, sys.argv[1:] if argv is None else argv)
     threads.set_up()  # here, since it comes before torch in every verb
@@ -260,7 +155,7 @@ def _from_file(path: str, scope: dict, types_: dict[str, type]) -> tuple[dict, s
                 new[name] = _typed(name, value, types_[name])
             except UserError as error:
                 problems.append(f"config file {path!r}: {error}")
-        elif changed and name not in imported and not str(name).startswith("_") and not _is_helper(value):
+        elif changed and not (name in imported or str(name).startswith("_") or callable(value) or ismodule(value)):
             problems.append(f"config file {path!r}: {_unknown(name, types_)} (a name of the file's own starts with _)")
     problems += [f"config file {path!r} deletes the setting {name!r}" for name in types_ if name not in after]
     if problems:
@@ -281,10 +176,6 @@ def _names(tree: ast.Module) -> tuple[set[str], set[str]]:
         if not isinstance(node, inner):
             nodes += ast.iter_child_nodes(node)
     return stored, imported
-
-
-def _is_helper(value: object) -> bool:
-    return isinstance(value, types.ModuleType) or callable(value)
 
 
 def _shown(value: object, form: Callable[[object], str]) -> str:

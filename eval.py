@@ -85,10 +85,7 @@ def check_settings() -> None:
 
 @functools.cache  # once: it may be a pipe
 def read_source() -> str:
-    try:
-        return tokenizer.decode_text(Path(source).expanduser().read_bytes(), source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"source={source}: {getattr(error, 'strerror', None) or error}") from error
+    return tokenizer.read_text(source, f"source={source}")
 
 
 def find(name: str) -> Path:

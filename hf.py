@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, kernels, optim, run_folder, shards, tokenizer
+from quartz import checkpoint, kernels, machine, optim, run_folder, shards, tokenizer
+from quartz.errors import UserError
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
@@ -260,7 +260,7 @@ class NanoGPTLMHeadModel(PreTrainedModel, GenerationMixin):
         path = path if path.suffix == ".pt" else path / run_folder.BEST
         if path.exists():
             raise FileExistsError(f"{path} is there already: move it away, or name another")
-        with torch.device("meta"):
+        with machine.no_memory():
             gpt = GPT(self.config.to_gpt())
         weights = self.state_dict()
         if unknown := weights.keys() ^ gpt.state_dict().keys():

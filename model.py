@@ -59,8 +59,7 @@ class GPTConfig:
             return [*found, f"arch must be gpt2, qwen3 or llama, not {self.arch!r}"]
         if found:
             return found
-        is_free = self.arch != "gpt2" and self.head_dim != self.n_embd // self.n_head
-        if self.n_embd % self.n_head and not is_free:
+        if self.n_embd % self.n_head and (self.arch == "gpt2" or self.head_dim == self.n_embd // self.n_head):
             found.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.arch == "gpt2":
             if (self.n_kv_head, self.head_dim) != (self.n_head, self.n_embd // self.n_head) or not self.tie_embeddings:
@@ -98,22 +97,6 @@ class KVCache:
         keys, values, end = self.keys[layer], self.values[layer], self.length + k.size(2)
         keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
         return keys[:, :, :end], values[:, :, :end], None
-
-
-class DrawnInMemory:
-    """Of a layer: no random numbers where there is no memory to hold them. torch would load its compiler for that."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class Embedding(DrawnInMemory, nn.Embedding):
-    pass
-
-
-class Linear(DrawnInMemory, nn.Linear):
-    pass
 
 
 class LayerNorm(nn.Module):
@@ -158,8 +141,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.n_head, self.n_kv = config.n_head, config.n_kv_head
-        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv) * config.head_dim, bias=config.bias)
-        self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv) * config.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.q_norm = self.k_norm = None
         if config.arch == "qwen3":
             self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
@@ -209,8 +192,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.is_gated = config.arch != "gpt2"
-        self.c_fc = Linear(config.n_embd, (1 + self.is_gated) * config.n_hidden, bias=config.bias)
-        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, (1 + self.is_gated) * config.n_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -323,14 +306,14 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
-        parts: dict[str, nn.Module] = {"wte": Embedding(config.vocab_size, config.n_embd)}
+        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
         if config.arch == "gpt2":  # in this place, since optimizer states number the parameters in their order
-            parts["wpe"] = Embedding(config.block_size, config.n_embd)
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         parts["drop"] = nn.Dropout(config.dropout)
         parts["h"] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         parts["ln_f"] = _norm(config)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         self._rope_table: torch.Tensor | None = None
@@ -431,10 +414,10 @@ class GPT(nn.Module):
         if weights is not None:
             if weights.shape != targets.shape:
                 raise ValueError(f"weights are {(*weights.shape,)}, and targets {(*targets.shape,)}: give one for each")
+            if divisor is None:
+                divisor = ((weights != 0) & (targets != -1)).sum().clamp(min=1)
             weights = weights.detach().reshape(-1).float()
         targets = targets.reshape(-1)
-        if weights is not None and divisor is None:
-            divisor = ((weights != 0) & (targets != -1)).sum().clamp(min=1)
         if return_logits:
             logits = self.lm_head(x)
             return logits, loss_of_logits(logits.view(-1, logits.size(-1)), targets, weights, divisor)

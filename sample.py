@@ -60,10 +60,8 @@ def check_settings() -> None:
         (start != "", "start must hold at least one character"),
         (not prompt_per_line or start.startswith("FILE:"), "prompt_per_line needs start=FILE:…"),
         (all(stops()), f"stop={stop!r} holds an empty string"),
-        (
-            not logprobs.endswith(".pt") and f"FILE:{logprobs}" != start,
-            f"logprobs={logprobs} would overwrite a checkpoint or the prompt",
-        ),
+        (not logprobs.endswith(".pt"), f"logprobs={logprobs} would overwrite a checkpoint"),
+        (f"FILE:{logprobs}" != start, f"logprobs={logprobs} would overwrite the prompt"),
     ]
     looks = [
         lambda: machine.check_machine(device, dtype),
@@ -84,11 +82,7 @@ def read_prompts() -> list[str]:
     """start itself, or the text of the file that it names, or each of its lines."""
     if not start.startswith("FILE:"):
         return [start]
-    path = Path(start.removeprefix("FILE:"))
-    try:
-        text = tokenizer.decode_text(path.read_bytes(), str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"start={start}: {getattr(error, 'strerror', None) or error}") from error
+    text = tokenizer.read_text(start.removeprefix("FILE:"), f"start={start}")
     if not prompt_per_line:
         return [text]
     lines = text.removesuffix("\n").split("\n")
@@ -147,11 +141,7 @@ def main() -> None:
     check_settings()
     place = machine.pick_device(device)
     kept = torch.float32 if dtype == "auto" and place.type == "cpu" else machine.pick_dtype(dtype, place)
-    model, tokenizer_data, _ = sources.model_and_tokenizer(init_from, out_dir)
-    if tokenizer_data is None:
-        name = out_dir if init_from == "resume" else init_from
-        raise UserError(f"{name} has no tokenizer: put its tokenizer.json there")
-    tokens = tokenizer.from_data(tokenizer_data)
+    model, tokens = sources.to_sample(init_from, out_dir)
     prompts = read_prompts()
     ids = encode(prompts, tokens, model.config.block_size)
     rows, length = len(prompts) * num_samples, max(map(len, ids)) + max_new_tokens

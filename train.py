@@ -39,9 +39,7 @@ bias = False  # biases in linear layers and layer norms
 arch = "gpt2"  # gpt2, or qwen3: rotary positions, RMS norms, SwiGLU
 n_kv_head = 0  # qwen3: heads of keys and values, each shared by several of queries; 0 is n_head
 tie_embeddings = True  # one matrix for input and output; False only with qwen3
-activation_checkpointing = (
-    False  # keep less for the backward pass and compute it again: a third slower, for small cards
-)
+activation_checkpointing = False  # keep less for the backward pass and compute it again: a third slower, for small GPUs
 lora_rank = 0  # train matrices of this rank beside the frozen weights of the model that init_from names; 0 is off
 lora_alpha = 0.0  # they count alpha / rank times; 0 is twice the rank
 # Optimizer
@@ -94,7 +92,7 @@ import torch
 from configurator import UserError
 from model import GPT, GPTConfig
 from quartz import checkpoint, kernels, lora, machine, optim, ranks, run_folder, shards, sources, update
-from quartz.log import Log, start_wandb
+from quartz.log import Log, start_wandb, tell_beginning
 
 
 def check_settings() -> None:
@@ -102,19 +100,13 @@ def check_settings() -> None:
     rules = configurator.ranges(globals())
     rules += [(False, line) for line in model_config(1).problems()]
     rules += [
-        (
-            not (token_budget and "max_iters" in _given),
-            "token_budget and max_iters both say how long to train: give one of the two",
-        ),
+        (not token_budget or "max_iters" not in _given, "token_budget and max_iters both say how long: give one"),
         (not fsdp or "RANK" in os.environ, "fsdp divides a model among processes: start them with torchrun"),
         (not fsdp or dtype != "float16", "fsdp has no gradient scaler: take dtype=bfloat16, or float32"),
         (fsdp or not sharded_checkpoint, "sharded_checkpoint is of runs with fsdp=True"),
         (not lora_rank or init_from != "scratch", "lora_rank adapts a model that exists: name one with init_from"),
         (not lora_rank or (optimizer == "adamw" and not fsdp), "lora_rank takes optimizer=adamw, and no fsdp"),
-        (
-            not decay_lr or warmup_iters != lr_decay_iters,
-            f"warmup_iters and lr_decay_iters are both {warmup_iters}, which leaves no update to decay in",
-        ),
+        (not decay_lr or warmup_iters != lr_decay_iters, "warmup_iters is lr_decay_iters: there is no time to decay"),
     ]
     looks = [
         lambda: ranks.check_share(gradient_accumulation_steps),
@@ -198,15 +190,6 @@ def estimate_loss(model: GPT, splits: dict, T: int, autocast, place, processes, 
     return losses
 
 
-def tell(model: GPT, tokens_per_iter: int, compute_dtype: torch.dtype, place: torch.device) -> None:
-    print(f"tokens per iteration will be: {tokens_per_iter:,}")
-    print(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    if len(trained) < len(list(model.parameters())):
-        print(f"of which are trained: {sum(trained) / 1e6:.3f}M")
-    print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
-
-
 def main() -> None:
     check_settings()
     machine.keep_freed_memory()
@@ -273,15 +256,16 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
     if is_writing:
         run_folder.begin(out_dir, is_new=begin != "resume")
     if processes.is_master:
-        tell(raw_model, tokens_per_iter, compute_dtype, place)
-    log = Log(Path(out_dir) if is_writing else None, progress.iter_num, progress.evaluated, iters, wandb_run)
+        tell_beginning(raw_model, tokens_per_iter, compute_dtype, place)
+    sequences = gradient_accumulation_steps * batch_size / processes.world_size  # of this device, in an update
+    peak = machine.peak_flops(place, compute_dtype)
+    flops_share = raw_model.estimate_mfu(sequences, 1.0, peak) if peak else None
+    log_dir = Path(out_dir) if is_writing else None
+    log = Log(log_dir, processes.is_master, progress, iters, tokens_per_iter, flops_share, wandb_run)
     micro_steps = gradient_accumulation_steps // processes.world_size  # of this process, in an update
     nth = progress.iter_num * gradient_accumulation_steps + processes.rank  # the micro-batch that comes next
     micro_batches = shards.MicroBatches(splits["train"], batch_size, T, seed)
     batch = None if eval_only else machine.send(micro_batches.read(nth), place)
-    peak = machine.peak_flops(place, compute_dtype)
-    seconds = log.seconds  # in updates, since the run began
-    told, timed = seconds, 0  # the seconds at the last log line, and the updates since
     stops, skipped = 0, 0  # signals that all ranks know of, since several have to stop together; faults in a row
     held = f"what {out_dir} holds is from before: resume it with a lower learning_rate"
 
@@ -294,8 +278,7 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
                 if not eval_only and not all(map(math.isfinite, losses.values())):
                     raise UserError(f"an evaluated loss is {losses} at iteration {iter_num}: the run diverged; {held}")
                 is_better = progress.evaluate(losses["val"])
-                if processes.is_master:
-                    log.evaluation(iter_num, losses, get_lr(iter_num, decay_iters), progress.tokens_seen, seconds)
+                log.evaluation(iter_num, losses, get_lr(iter_num, decay_iters), progress.tokens_seen)
                 if not eval_only:
                     if is_writing:
                         print(f"saving checkpoint to {out_dir}")
@@ -304,11 +287,7 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
                     log.draw()
 
         # The end, or on
-        if (
-            progress.evaluated
-            and iter_num
-            and (progress.best_val_loss <= target_val_loss or 0 < patience <= progress.without_better)
-        ):
+        if progress.is_enough(target_val_loss, patience):
             if processes.is_master:
                 print(f"stopping early: the best validation loss is {progress.best_val_loss:.4f}")
             break
@@ -352,17 +331,9 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
         progress.update(tokens_per_iter)
 
         # Log
-        seconds += time.perf_counter() - began
-        timed += 1
+        log.update(time.perf_counter() - began)
         if iter_num % log_interval == 0:
-            each = (seconds - told) / timed  # seconds of an update
-            sequences = gradient_accumulation_steps * batch_size / processes.world_size  # of this device
-            mfu = raw_model.estimate_mfu(sequences, each, peak) if peak else None
-            if processes.is_master:
-                speed = (each * 1000, tokens_per_iter / each)
-                log.iteration(iter_num, ended.loss, lr, ended.grad_norm, *speed, mfu, progress.tokens_seen, seconds)
-            told, timed = seconds, 0
-        log.bar.update()
+            log.iteration(iter_num, ended.loss, lr, ended.grad_norm, progress.tokens_seen)
 
     if (stops if not alone else signals.count) and not eval_only and not progress.evaluated:
         if is_writing:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import files, lora, ranks, untrusted
+from quartz import files, lora, machine, ranks, untrusted
+from quartz.errors import UserError
 from quartz.hf_layout import CAUSAL_MASKS
 from quartz.optim import moment_names
 
@@ -46,6 +46,11 @@ class Progress:
         self.best_val_loss, self.evaluated = min(self.best_val_loss, val_loss), True
         self.without_better = 0 if is_better else self.without_better + 1
         return is_better
+
+    def is_enough(self, target_val_loss: float, patience: int) -> bool:
+        """Whether the evaluation just made ends the run: the loss is as low as wanted, or no lower for too long."""
+        is_there = self.best_val_loss <= target_val_loss
+        return self.evaluated and self.iter_num > 0 and (is_there or 0 < patience <= self.without_better)
 
     def update(self, tokens: int) -> None:
         """Notes an update."""
@@ -188,7 +193,7 @@ def build_model(state: dict, dropout: float = 0.0, keep_adapters: bool = False) 
         if config.n_layer > len(state["model"]):
             raise ValueError(f"it has no weights for {config.n_layer} layers")
         adapted = state.get("lora")
-        with torch.device("meta"):
+        with machine.no_memory():
             model = GPT(config)
             if adapted:
                 lora.attach(model, adapted["rank"], float(adapted["alpha"]))

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 import model as model_module
-from configurator import UserError
 from model import GPT, CausalSelfAttention, GPTConfig
 from quartz import machine
 from quartz.engine import CPU, Engine, RowCache
+from quartz.errors import UserError
 
 MAX_COMPILED_ROWS = 8  # above, a matrix product does better than as many products of a matrix and a vector
 COMPILE_SECONDS = 20.0  # what the first compilation takes on two cores, at most

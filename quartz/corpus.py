@@ -24,9 +24,9 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, check
 from quartz import download, files, threads
 from quartz.documents import PACKED, PASSAGE, files_of, is_held_out, is_text, pieces_of
+from quartz.errors import UserError, check
 from quartz.extras import needs
 from quartz.tokenizer import (
     END_OF_TEXT,
@@ -36,8 +36,8 @@ from quartz.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    decode_text,
     from_data,
+    read_text,
 )
 
 SPLITS = ("train", "val")
@@ -222,10 +222,7 @@ def read_source(source: str, url: str, folder: Path) -> str:
     path = Path(source or folder / "input.txt")
     if not source and not path.exists():
         download.fetch(url, path, otherwise="with a copy at hand, use --source=FILE")
-    try:
-        return decode_text(path.read_bytes(), str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    return read_text(path, f"{path} can't be read")
 
 
 def prepare(

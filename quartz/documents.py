@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from configurator import UserError
+from quartz.errors import UserError
 from quartz.extras import needs
 from quartz.tokenizer import END_OF_TEXT
 

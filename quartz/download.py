@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from configurator import NO_MORE, UserError, in_words
 from quartz import files
+from quartz.errors import NO_MORE, UserError, in_words
 
 HUB = "https://huggingface.co"
 TIMEOUT = 60  # seconds without a byte

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPT, MLP, CausalSelfAttention, GPTConfig, Linear
+from model import GPT, MLP, CausalSelfAttention, GPTConfig
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product of a single row be
 VECTOR = 32  # numbers that a kernel takes at a time: two vectors of 512 bits
 
 
-class SteadyLinear(Linear):
+class SteadyLinear(nn.Linear):
     """A linear layer on a CPU, in which a row's result has the same bits whatever other rows stand beside it.
 
     In float32 by oneDNN, where PyTorch has it: of the BLAS behind F.linear that is not true, and it reads a large
@@ -234,7 +234,7 @@ class Engine:
 
 def install(model: GPT) -> None:
     """Has a model's modules, in place, compute each row with the same bits whatever rows stand beside it."""
-    steady = {Linear: SteadyLinear}
+    steady = {nn.Linear: SteadyLinear}
     if model.config.n_hidden % (VECTOR * torch.get_num_threads()):
         steady[MLP] = SteadyMLP
     for module in model.modules():

@@ -1,6 +1,6 @@
 """Packages that one feature alone needs: imported where it is used. Read it when you add such a feature."""
 
-from configurator import UserError
+from quartz.errors import UserError
 
 
 def needs(package: str, purpose: str, extra: str):

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import UserError, in_words, os_error
+from quartz.errors import UserError, in_words, os_error
 
 
 @contextlib.contextmanager

@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import UserError
 from model import GPTConfig
 from quartz import files
+from quartz.errors import UserError
 from quartz.extras import needs
 from quartz.hf_layout import GPT2_TRANSPOSED, state_to_hf
 from quartz.tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer, printable

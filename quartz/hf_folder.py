@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, files
+from quartz import checkpoint, files, machine
+from quartz.errors import UserError
 from quartz.extras import needs
 from quartz.hf_layout import GPT2_MODELS, config_from_hf, hf_config, state_from_hf, state_to_hf
 from quartz.tokenizer import END_OF_TEXT, PATTERNS, CharTokenizer, Tokenizer, from_data, printable, printable_bytes
@@ -65,7 +65,7 @@ def read_model(name: str, dropout: float = 0.0) -> GPT:
         state = state_from_hf(config, tensors)
     except ValueError as error:
         raise ValueError(f"{os.path.dirname(weights_paths[0]) or name}: {error}") from error
-    with torch.device("meta"):
+    with machine.no_memory():
         model = GPT(config)
     checkpoint.fill(model, state)
     return model

@@ -8,6 +8,7 @@ from dataclasses import fields
 import torch
 
 from model import GPT, GPTConfig
+from quartz import machine
 
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of the hub, by name
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # not weights, though older code kept them among the weights
@@ -123,7 +124,7 @@ def _hf_layout(config: GPTConfig) -> dict[str, list[tuple[str, int]]]:
     """For each of our weights: theirs, of which it is made one below the other, and the rows of each."""
     c, queries, keys = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     if c.arch == "gpt2":
-        with torch.device("meta"):
+        with machine.no_memory():
             names = GPT(c).state_dict()
         return {name: [(name, -1)] for name in names if name != "lm_head.weight"}
     layout = {
@@ -188,7 +189,7 @@ def state_from_hf(config: GPTConfig, tensors: dict[str, torch.Tensor]) -> dict[s
             if names
         ]
         raise ValueError("; ".join(told))
-    with torch.device("meta"):
+    with machine.no_memory():
         expected = GPT(config).state_dict()
     state = {}
     for ours, parts in layout.items():

@@ -12,15 +12,27 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from configurator import UserError
+from model import GPT
 from quartz import curves, files
+from quartz.checkpoint import Progress
+from quartz.errors import UserError
 
 KEPT = "the checkpoints beside it are untouched"
 WANDB_NAMES = {"step": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's; its mfu is in percent
 DRAWING_SHARE = 0.01  # of the time between two drawings, before the end of a run
 FIRST_DRAWING = 1.0  # seconds that it is expected to take: it imports matplotlib
+
+
+def tell_beginning(model: GPT, tokens_per_iter: int, compute_dtype: torch.dtype, place: torch.device) -> None:
+    print(f"tokens per iteration will be: {tokens_per_iter:,}")
+    print(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    if len(trained) < len(list(model.parameters())):
+        print(f"of which are trained: {sum(trained) / 1e6:.3f}M")
+    print(f"computing in {str(compute_dtype).removeprefix('torch.')} on {place}")
 
 
 def start_wandb(project: str, name: str, config: dict):
@@ -40,18 +52,30 @@ def start_wandb(project: str, name: str, config: dict):
 class Log:
     """The reports of one run, which may have been resumed."""
 
-    def __init__(self, folder: Path | None, iter_num: int, evaluated: bool, max_iters: int, wandb_run):
-        """Goes on where iter_num updates are made. Without a folder (another rank, or eval_only) only the terminal is
-        written to. Raises UserError where the log can't be.
+    def __init__(
+        self,
+        folder: Path | None,
+        is_shown: bool,
+        progress: Progress,
+        max_iters: int,
+        tokens_per_iter: int = 0,
+        flops_share: float | None = None,
+        wandb_run=None,
+    ):
+        """Goes on where the run stands. folder: None writes no file (another rank, or eval_only); is_shown:
+        whether the terminal is written to. flops_share: the MFU of an update that takes a second, None where the
+        device's peak is unknown. Raises UserError where the log can't be written.
         """
-        self.file, self.folder, self.wandb = None, folder, wandb_run
-        self.seconds = 0.0  # spent in updates before
+        self.file, self.folder, self.is_shown, self.wandb = None, folder, is_shown, wandb_run
+        self.tokens_per_iter, self.flops_share = tokens_per_iter, flops_share
+        self.seconds = 0.0  # spent in updates since the run began, before this start too
         self.draws, self.is_drawn = folder is not None, False  # whether it can, and whether nothing has come since
         self.drawn, self.drawing = time.perf_counter(), FIRST_DRAWING  # when it was, and how long it took
         if folder:
-            self._open(folder / curves.LOG, iter_num, evaluated)
+            self._open(folder / curves.LOG, progress.iter_num, progress.evaluated)
+        self.told, self.timed = self.seconds, 0  # the seconds at the last line, and the updates since
         show = folder is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=max_iters, initial=iter_num, unit="iter", disable=not show, dynamic_ncols=True)
+        self.bar = tqdm(total=max_iters, initial=progress.iter_num, unit="iter", disable=not show, dynamic_ncols=True)
 
     def _open(self, path: Path, iter_num: int, evaluated: bool) -> None:
         """Keeps of an earlier log what this run will not write again."""
@@ -64,21 +88,31 @@ class Log:
                         self.seconds = record["seconds"] or 0.0
             self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run
 
-    def iteration(self, iter_num, loss, lr, grad_norm, ms, tokens_per_s, mfu, tokens, seconds) -> None:
-        line = f"iter {iter_num}: loss {loss:.4f}, time {ms:.2f}ms"
-        record = {"iter": iter_num, "loss": loss, "lr": lr, "ms": ms, "tokens_per_s": tokens_per_s}
-        if mfu is not None:
-            line += f", mfu {mfu * 100:.2f}%"
-            record["mfu"] = mfu
-        record |= {"grad_norm": grad_norm, "tokens": tokens, "seconds": seconds}
-        self._write(f"{line}, {tokens_per_s:,.0f} tokens/s", record)
+    def update(self, seconds: float) -> None:
+        """Counts an update that took so long."""
+        self.seconds, self.timed = self.seconds + seconds, self.timed + 1
+        self.bar.update()
 
-    def evaluation(self, step, losses, lr, tokens, seconds) -> None:
+    def iteration(self, iter_num: int, loss: float, lr: float, grad_norm: float, tokens: int) -> None:
+        """Tells of an update, and of the mean speed since the last time. tokens: trained on since the run began."""
+        each = (self.seconds - self.told) / self.timed  # seconds of an update
+        self.told, self.timed, tokens_per_s = self.seconds, 0, self.tokens_per_iter / each
+        line = f"iter {iter_num}: loss {loss:.4f}, time {each * 1000:.2f}ms"
+        record = {"iter": iter_num, "loss": loss, "lr": lr, "ms": each * 1000, "tokens_per_s": tokens_per_s}
+        if self.flops_share is not None:
+            record["mfu"] = self.flops_share / each
+            line += f", mfu {record['mfu'] * 100:.2f}%"
+        self._write(f"{line}, {tokens_per_s:,.0f} tokens/s", record | {"grad_norm": grad_norm}, tokens)
+
+    def evaluation(self, step: int, losses: dict[str, float], lr: float, tokens: int) -> None:
         line = f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         record = {"step": step, "train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
-        self._write(line, record | {"tokens": tokens, "seconds": seconds})
+        self._write(line, record, tokens)
 
-    def _write(self, line: str, record: dict) -> None:
+    def _write(self, line: str, record: dict, tokens: int) -> None:
+        if not self.is_shown:
+            return
+        record |= {"tokens": tokens, "seconds": self.seconds}
         tqdm.write(line)
         sys.stdout.flush()
         if self.file:

@@ -6,12 +6,15 @@ import os
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from configurator import UserError, check
 from model import GPT
+from quartz.errors import UserError, check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -49,6 +52,22 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+class _NoNumbers(TorchFunctionMode):
+    def __torch_function__(self, function, kinds, arguments=(), keywords=None):
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return arguments[0] if arguments else keywords["tensor"]
+        return function(*arguments, **(keywords or {}))
+
+
+@contextlib.contextmanager
+def no_memory() -> Iterator[None]:
+    """Builds networks without memory for their weights, which cost nothing so, and have no values. Nor are random
+    numbers drawn for them: torch loads its compiler for that, and takes seconds.
+    """
+    with torch.device("meta"), _NoNumbers():
+        yield
 
 
 def pick_device(name: str) -> torch.device:

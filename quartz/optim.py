@@ -10,9 +10,9 @@ import math
 import torch
 from torch.optim.adamw import adamw
 
-from configurator import UserError
 from model import GPT
 from quartz import ranks
+from quartz.errors import UserError
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: singular values go to about 1 in 5 steps, from 0.01 on
 NEWTON_SCHULZ_STEPS = 5

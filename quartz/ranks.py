@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from quartz.errors import UserError
 from quartz.machine import pick_device
 
 LOST_RANK = ("Connection", "connection", "gloo", "NCCL", "Socket", "socket", "Broken pipe")  # of errors of dist's

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
 from model import GPT
 from quartz import checkpoint, files, lora, ranks
 from quartz.checkpoint import Progress, drop_other_forms, forms, load, save_shards
 from quartz.curves import LOG, PICTURE
+from quartz.errors import UserError
 
 BEST, LAST, ADAPTER, LAUNCH = "ckpt.pt", "last.pt", "adapter.pt", ".launch"
 

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from configurator import UserError, os_error
 from model import GPT
 from quartz import ranks, untrusted
+from quartz.errors import UserError, os_error
 from quartz.optim import moment_names
 
 

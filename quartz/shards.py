@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError
 from quartz import untrusted
+from quartz.errors import UserError
 from quartz.tokenizer import GPT2Tokenizer, check_data
 
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens

@@ -7,10 +7,10 @@ import dataclasses
 import os
 from pathlib import Path
 
-from configurator import UserError
 from model import GPT
 from quartz import hf_folder, lora, run_folder, shards, tokenizer
 from quartz.checkpoint import build_model, load
+from quartz.errors import UserError
 from quartz.hf_layout import GPT2_MODELS
 
 # Settings of train.py that a checkpoint decides, and those that may change at every resume
@@ -80,6 +80,15 @@ def model_and_tokenizer(init_from: str, out_dir: str, adapter: str = "") -> tupl
     if data is not None:
         tokenizer.check_data(data, model.config.vocab_size)
     return model, data, state
+
+
+def to_sample(init_from: str, out_dir: str) -> tuple[GPT, tokenizer.Tokenizer]:
+    """The model, on the CPU, and its tokenizer. Raises UserError as model_and_tokenizer does, or where it has none."""
+    model, data, _ = model_and_tokenizer(init_from, out_dir)
+    if data is None:
+        name = out_dir if init_from == "resume" else init_from
+        raise UserError(f"{name} has no tokenizer: put its tokenizer.json there")
+    return model, tokenizer.from_data(data)
 
 
 def merge_adapter(model: GPT, path: Path) -> None:

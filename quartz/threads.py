@@ -32,21 +32,20 @@ NEWEST = 0.2  # what a look counts in the mean share, so that a moment's work of
 PAUSE_SOFT = 1  # omp_pause_soft of omp.h
 
 _stop = threading.Event()
-_watch: threading.Thread | None = None
+_watches: list[threading.Thread] = []  # the one that runs is the last; a fork leaves dead ones
 
 
 def set_up() -> None:
     """Sets the number of threads and starts the watch; later calls do nothing."""
-    global _watch
     if sys.platform != "linux":
         return
     if "torch" not in sys.modules and not os.environ.keys() & set(NUMBER):
         allowed = cores()
         if allowed < _physical_cores():
             os.environ["OMP_NUM_THREADS"] = str(allowed)
-    if not os.environ.keys() & set(WAITING) and (_watch is None or not _watch.is_alive()):  # dead after a fork
-        _watch = threading.Thread(target=_keep_watch, name="watch", daemon=True)
-        _watch.start()
+    if not os.environ.keys() & set(WAITING) and not any(t.is_alive() for t in _watches):
+        _watches.append(threading.Thread(target=_keep_watch, name="watch", daemon=True))
+        _watches[-1].start()
         atexit.register(_end_watch)
 
 
@@ -138,5 +137,5 @@ def _torch_threads() -> int:
 def _end_watch() -> None:
     """Ends the watch before the interpreter ends, which may not be done to a thread at work."""
     _stop.set()
-    if _watch:
-        _watch.join()
+    for watch in _watches[-1:]:
+        watch.join()

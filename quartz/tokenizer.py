@@ -15,10 +15,11 @@
 import codecs
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from quartz.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # of a BPE that is trained here; two wait for chats (ChatML)
@@ -354,6 +355,14 @@ def from_data(data: dict) -> Tokenizer:
         return BPETokenizer.of_merges(tokens, data["pattern"], data.get("specials", []))
     vocab = [token if token is None else token.encode("latin-1") for token in data["vocab"]]
     return BPETokenizer(vocab, data["pattern"], data["specials"])
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file. Raises UserError, which begins with `what`, where that can't be read or is no UTF-8."""
+    try:
+        return decode_text(Path(path).expanduser().read_bytes(), str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError
+from quartz.errors import UserError
 
 ZIP_FOLDER = 0x10  # among an archive entry's external attributes
 # nanoGPT may store best_val_loss as a numpy scalar: a dtype and its bytes, no code.

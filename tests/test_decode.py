@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import GPT, GPTConfig, Linear
+from model import GPT, GPTConfig
 from quartz import checkpoint, compiled
 from quartz.compiled import CompiledStep, GraphedStep, Slots, pays, prepare
 from quartz.decoder import Decoder, Sampling, complete
@@ -191,7 +191,7 @@ def test_a_model_may_be_sampled_from_while_it_trains(compiled_folder, way):
         for (name, ours), theirs in zip(sampled[0].named_parameters(), plain[0].parameters(), strict=True):
             assert torch.equal(ours, theirs) and ours.dtype == torch.float32 and ours.requires_grad, name
     assert texts[0] != texts[1] != texts[2]
-    assert type(sampled[0].lm_head) is Linear
+    assert type(sampled[0].lm_head) is nn.Linear
 
 
 def test_an_engine_takes_no_memory_for_weights_that_are_the_same():

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, assert_same_run, assert_user_error
 
 from quartz import curves, log
+from quartz.checkpoint import Progress
 
 pytest.importorskip("matplotlib")
 
@@ -135,9 +136,9 @@ def test_drawing_takes_a_hundredth_of_the_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(curves, "write", write)
-    report = log.Log(tmp_path, 0, False, 100, None)
+    report = log.Log(tmp_path, True, Progress(), 100)
     for step in range(100):
-        report.evaluation(step, {"train": 1.0, "val": 1.0}, 0.1, 0, 0.0)
+        report.evaluation(step, {"train": 1.0, "val": 1.0}, 0.1, 0)
         report.draw()
         now[0] += 10
     assert len(drawn) == 1 + 4 and drawn[0] == 110
