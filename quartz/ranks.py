@@ -54,10 +54,24 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun's store outlives its restarts, and with it the addresses of processes that are gone
         store = dist.PrefixStore(f"attempt {attempt()}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        with output_as_remarks():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"backend={backend} could not start: {error}") from error
     return processes, found
+
+
+@contextlib.contextmanager
+def output_as_remarks() -> Iterator[None]:
+    """What is printed goes to standard error, from C++ too: gloo of torch 2.9 tells there who is connected."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def check_share(gradient_accumulation_steps: int) -> None:
