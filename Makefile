@@ -37,8 +37,9 @@ $(VENV)/notebooks: $(VENV)/installed
 	$(call install,$(VENV),locked,-e ".[notebooks]")
 	touch $@
 
+.venv-oldest/tested: extras := test,notebooks# a comma in a call's argument would end it
 .venv-oldest/tested: .venv-oldest/made pyproject.toml
-	$(call install,.venv-oldest,oldest,-e ".[test,notebooks]")
+	$(call install,.venv-oldest,oldest,-e ".[$(extras)]")
 	touch $@
 
 demo: $(VENV)/installed

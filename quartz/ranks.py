@@ -54,10 +54,24 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun's store outlives its restarts, and with it the addresses of processes that are gone
         store = dist.PrefixStore(f"attempt {attempt()}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        with output_as_remarks():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"backend={backend} could not start: {error}") from error
     return processes, found
+
+
+@contextlib.contextmanager
+def output_as_remarks() -> Iterator[None]:
+    """What is printed goes to standard error, from C++ too: gloo of torch 2.9 tells there who is connected."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def check_share(gradient_accumulation_steps: int) -> None:
@@ -133,11 +147,13 @@ def gather(state: dict, processes: Processes) -> dict:
 def stop_processes() -> None:
     """Ends this process, if it is one of several, together with the others: who left earlier would break their work.
 
-    It ends at once. Left to the interpreter's own end, threads of the process group abort it now and then.
+    It ends at once: left to the interpreter's own end, threads of the process group abort it now and then. gloo's group
+    is not taken down before, since its threads may be reading what that frees; the system closes its sockets.
     """
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        dist.barrier()  # raises where another process has died
+        if dist.get_backend() != "gloo":
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

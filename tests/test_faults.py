@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, assert_same_run, assert_user_error, flags, load
 
 import model as model_module
 from configurator import UserError
-from quartz import checkpoint, shards
+from quartz import checkpoint, ranks, shards
 
 PLAIN = {**TINY, "dropout": 0.0, "n_head": 4, "n_embd": 32}
 MUON = {"optimizer": "muon", "arch": "qwen3", "tie_embeddings": False, "schedule": "wsd", "lr_decay_iters": 20}
@@ -137,6 +137,13 @@ def test_shards_of_a_checkpoint_resume_on_any_number_of_processes(tiny, train, r
     assert train(**settings, init_from="resume").code == 0
     assert_close_run(tiny / "one", tiny / "out")
     assert not list((tiny / "out").glob("*.dcp*")), "files have taken the place of the shards"
+
+
+def test_what_libraries_print_at_the_start_stays_out_of_a_result(capfd):
+    with ranks.output_as_remarks():
+        os.write(1, b"who is connected")
+    os.write(1, b"result")
+    assert tuple(capfd.readouterr()) == ("result", "who is connected")
 
 
 def test_several_agents_form_one_run(tiny, train):

@@ -34,6 +34,7 @@ def execute(name: str) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*non-interactive")  # of show(), without Jupyter
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib|pyparsing")  # of each other
         for number, cell in enumerate(read(name)["cells"]):
             if cell["cell_type"] == "code":
                 exec(compile("".join(cell["source"]), f"{name}, cell {number}", "exec"), variables)

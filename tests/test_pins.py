@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -127,6 +128,17 @@ def test_the_workflows_run_targets_of_make_on_the_locks_pythons_and_name_no_addr
     for text in workflows.values():
         assert "://" not in text
         assert all(re.fullmatch(r"actions/[\w-]+@v\d+", used) for used in re.findall(r"uses: (.*)", text))
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="this system has no make")
+def test_what_each_target_of_make_runs_is_whole_for_the_shell():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test", "test-all", "test-oldest", "test-latest", "lock"} <= {*targets}
+    for target in targets:
+        make = ["make", "--dry-run", "--always-make", "--no-print-directory", target]
+        recipe = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        shell = subprocess.run(["sh", "-n"], input=recipe, capture_output=True, text=True)
+        assert recipe and not shell.returncode, f"{target}: {shell.stderr}{recipe}"
 
 
 SKIPS = """
