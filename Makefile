@@ -6,13 +6,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # $(call install,ENVIRONMENT,locked or oldest,PACKAGES). -qq: pip shows errors alone, not what setuptools remarks.
-# $(call tests,ENVIRONMENT,MARKS,OPTIONS): the tests of these marks, on all cores, a thread a process; then, with all threads,
-# those that are to run alone.
-tests = $(1)/bin/python -m pytest -n auto --dist=worksteal -m "not alone$(2)" $(3) && \
-    $(1)/bin/python -m pytest -m "alone$(2)" $(3)
-
 install = $(1)/bin/python tests/pins.py $(2) > $(1)/pins.txt && \
     $(1)/bin/python -m pip install -qq -c $(1)/pins.txt --build-constraint $(1)/pins.txt $(3)
+
+# $(call tests,ENVIRONMENT,MARKS,OPTIONS): on all cores, a thread a process; then, with all threads, those to be run alone.
+parallel = -n auto --dist=worksteal
+tests = $(1)/bin/python -m pytest $(parallel) -m "not alone$(2)"$(3) && \
+    $(1)/bin/python -m pytest -m "alone$(2)"$(3) $$(grep -l "mark.alone" tests/test_*.py)
 
 .PHONY: install demo test test-slow test-all test-latest test-oldest lock notebooks clean
 
@@ -58,13 +58,13 @@ test: $(VENV)/tested
 
 # What test leaves out: long runs, and more ways to divide the work among processes.
 test-slow: $(VENV)/tested
-	$(BIN)/python -m pytest -n auto --dist=worksteal -m slow
+	$(BIN)/python -m pytest $(parallel) -m slow
 
 # All of these and the tests that need llama.cpp; a test that is skipped for want of a package or of data fails.
 test-all: $(VENV)/all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(call tests,$(VENV),,--complete)
+	$(call tests,$(VENV),, --complete)
 
 # The two ends of what a user's own `pip install -e .` may find.
 test-oldest: .venv-oldest/tested

@@ -296,6 +296,17 @@ def test_what_is_told_of_a_command_that_no_test_runs_is_there():
                 assert hasattr(importlib.import_module(module), name), f"{command}: {how.by}"
 
 
+def test_the_tests_that_a_page_names_are_there():
+    tests = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")}
+    named = {words for page in PAGES for words in in_sentences(page) if "test_" in words and " " not in words}
+    assert len(named) > 15
+    for words in named:
+        if words.startswith("tests/"):
+            assert words.removeprefix("tests/") in tests, words
+        else:
+            assert f"\ndef {words.removesuffix('…')}" in "".join(tests.values()), words
+
+
 def test_make_demo_is_the_commands_that_the_readme_shows_behind_it():
     recipe = MAKEFILE.partition("\ndemo:")[2].partition("\n\n")[0].replace("$(BIN)/python", "python")
     shown = [command for command in commands(ROOT / "README.md") if "pystdlib" in command or "demo" in command][1:]

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from quartz import threads
 
+pytestmark = pytest.mark.alone
 linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups, /proc and libgomp are Linux's")
 two_cores = pytest.mark.skipif(threads.cores() < 2, reason="on one core no thread waits for another")
 
