@@ -125,6 +125,7 @@ def test_a_run_moves_between_one_process_and_several(tiny, train):
     assert code == 0 and load(tiny / "out" / "last.pt")["iter_num"] == 19, err
 
 
+@slow
 def test_shards_of_a_checkpoint_resume_on_any_number_of_processes(tiny, train, run):
     settings = {**PLAIN, **MUON, "max_iters": 12, "eval_interval": 4}
     assert train(**settings, out_dir="one").code == 0

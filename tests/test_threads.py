@@ -10,7 +10,6 @@ from conftest import ROOT
 
 from quartz import threads
 
-pytestmark = pytest.mark.alone
 linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups, /proc and libgomp are Linux's")
 two_cores = pytest.mark.skipif(threads.cores() < 2, reason="on one core no thread waits for another")
 
@@ -182,6 +181,7 @@ print(all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(first, seco
 """
 
 
+@pytest.mark.alone
 @linux
 @two_cores
 def test_where_others_are_at_work_threads_sleep_and_no_bit_changes():
