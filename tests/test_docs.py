@@ -153,11 +153,12 @@ HOW = {
     "python plot.py out-adamw out-muon --out=compared.svg": Tried("", "compared.svg", needs="matplotlib"),
 }
 ONCE = "--rounds=1"
+FEW_STEPS = f"{ONCE} --steps=11 --batch_size=1"
 PEERS = {  # the same of tests/peers.py, sentences included
     "python tests/peers.py": f"{ONCE} --streams=1 --tokens=8",
     "python tests/peers.py --sample=out-shakespeare-char": ONCE,
     "python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3": f"{ONCE} --steps=260 --max_iters=2",
-    "python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char --rounds=2 --steps=50": f"{ONCE} --steps=11",
+    "python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char --rounds=2 --steps=50": FEW_STEPS,
     "python tests/peers.py --prepare=FILE.jsonl": ONCE,
 }
 SHAPE = {"block_size": 64, "vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 64}
@@ -463,7 +464,7 @@ def test_peers_runs_as_the_pages_say(command, checkout, gpt2_bpe):
     (checkout / "tests" / "peers.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(checkout / "cache")}
     words = [sys.executable, *shlex.split(command)[1:], *PEERS[command].split()]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert isinstance(json.loads(done.stdout.splitlines()[-1]), dict)
 
