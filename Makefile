@@ -9,7 +9,12 @@ BIN := $(VENV)/bin
 install = $(1)/bin/python tests/pins.py $(2) > $(1)/pins.txt && \
     $(1)/bin/python -m pip install -qq -c $(1)/pins.txt --build-constraint $(1)/pins.txt $(3)
 
-.PHONY: install demo test test-all test-latest test-oldest lock notebooks clean
+# $(call tests,ENVIRONMENT,MARKS,OPTIONS): on all cores, a thread a process; then, with all threads, those to be run alone.
+parallel = -n auto --dist=worksteal
+tests = $(1)/bin/python -m pytest $(parallel) -m "not alone$(2)"$(3) && \
+    $(1)/bin/python -m pytest -m "alone$(2)"$(3) $$(grep -l "mark.alone" tests/test_*.py)
+
+.PHONY: install demo test test-slow test-all test-latest test-oldest lock notebooks clean
 
 install: $(VENV)/installed
 
@@ -50,23 +55,27 @@ demo: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(call tests,$(VENV), and not slow)
 
-# The same and the tests that need llama.cpp; a test that is skipped for want of a package or of data fails.
+# What test leaves out: long runs, and more ways to divide the work among processes.
+test-slow: $(VENV)/tested
+	$(BIN)/python -m pytest $(parallel) -m slow
+
+# All of these and the tests that need llama.cpp; a test that is skipped for want of a package or of data fails.
 test-all: $(VENV)/all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --complete
+	$(call tests,$(VENV),, --complete)
 
 # The two ends of what a user's own `pip install -e .` may find.
 test-oldest: .venv-oldest/tested
 	.venv-oldest/bin/python -m pip list
-	.venv-oldest/bin/python -m pytest
+	$(call tests,.venv-oldest)
 
 test-latest: .venv-latest/made
 	.venv-latest/bin/python -m pip install -qq --upgrade --upgrade-strategy=eager pip -e ".[test]"
 	.venv-latest/bin/python -m pip list
-	.venv-latest/bin/python -m pytest
+	$(call tests,.venv-latest)
 
 # One lock for all systems and for each Python that pyproject.toml admits. torch's CUDA builds name what they need of CUDA
 # themselves, each its own.

@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # test processes side by side: threads that spin would only stop each other's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; what a test starts has it too
+
 import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_WORKERS = 8  # of pytest -n auto: each loads torch, and the longest tests decide beyond that
 # The most memory that a process has had, in KiB. getrusage's maximum begins with that of the process that started it.
 PRINT_PEAK = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 sys.path.insert(0, str(ROOT))
@@ -53,6 +57,13 @@ class Result(NamedTuple):
 def pytest_addoption(parser):
     told = "a test that is skipped for want of a package, or of data where QUARTZGPT_TEST_DATA is set, fails"
     parser.addoption("--complete", action="store_true", help=told)
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_auto_num_workers() -> int:
+    from quartz import threads
+
+    return min(threads.cores(), MOST_WORKERS)
 
 
 def fail_if_skipped_in_vain(report, config):

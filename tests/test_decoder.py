@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_decode import CPU, QWEN3, full_forward, has_compiler, make
+from test_compiled import CPU, QWEN3, full_forward, has_compiler, make
 
 from quartz import compiled
 from quartz.decoder import Decoder, Drawn, Sampling, complete, draw
@@ -45,7 +45,7 @@ SHAPES = [{}, QWEN3, {"n_head": 1}, {"n_embd": 36, "n_head": 3}, {"n_embd": 96, 
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.alone)])
 def test_a_rows_bits_are_those_of_the_row_alone(changes, threads):
     """Text and logits, past block_size, whatever number of rows there is, whichever row it is."""
     before = torch.get_num_threads()

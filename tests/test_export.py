@@ -199,7 +199,7 @@ def test_nanogpt_reads_its_folder(here, run, request, network):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# llama.cpp; more in test_to_gguf.py
+# llama.cpp; more in test_gguf.py
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bfloat16", "q8_0"])
@@ -220,7 +220,7 @@ def test_the_gguf_file_is_named_after_its_dtype_and_holds_the_vocabulary(here, r
 @pytest.mark.parametrize("network", ["gpt2", "qwen3 grouped, untied", "llama"])
 def test_llama_cpp_writes_the_text_of_sample_py(here, run, request, network):
     pytest.importorskip("llama_cpp")
-    from test_to_gguf import Llama
+    from test_gguf import Llama
 
     tokens = tokens_of("bpe", request)
     trained(here / "out", network, tokens)

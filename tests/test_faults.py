@@ -21,6 +21,7 @@ import model as model_module
 from configurator import UserError
 from quartz import checkpoint, ranks, shards
 
+slow = pytest.mark.slow
 PLAIN = {**TINY, "dropout": 0.0, "n_head": 4, "n_embd": 32}
 MUON = {"optimizer": "muon", "arch": "qwen3", "tie_embeddings": False, "schedule": "wsd", "lr_decay_iters": 20}
 
@@ -77,10 +78,11 @@ def assert_close_run(a: Path, b: Path, tolerance: float = 1e-4) -> None:
     ("processes", "settings"),
     [
         (2, {"gradient_accumulation_steps": 2}),
-        (4, {"gradient_accumulation_steps": 8, "batch_size": 1}),
-        (2, {"gradient_accumulation_steps": 4, "batch_size": 2, **MUON}),
-        (2, {"gradient_accumulation_steps": 4, "batch_size": 2, "fsdp": True}),
-        (2, {"gradient_accumulation_steps": 2, "fsdp": True, **MUON, "n_kv_head": 2}),
+        (2, {"gradient_accumulation_steps": 4, "batch_size": 2, "fsdp": True, **MUON, "n_kv_head": 2}),
+        pytest.param(4, {"gradient_accumulation_steps": 8, "batch_size": 1}, marks=slow),
+        pytest.param(2, {"gradient_accumulation_steps": 4, "batch_size": 2, **MUON}, marks=slow),
+        pytest.param(2, {"gradient_accumulation_steps": 4, "batch_size": 2, "fsdp": True}, marks=slow),
+        pytest.param(2, {"gradient_accumulation_steps": 2, "fsdp": True, **MUON}, marks=slow),
     ],
     ids=str,
 )
@@ -93,7 +95,7 @@ def test_several_processes_do_what_one_does(tiny, train, processes, settings):
     assert_close_run(tiny / "one", tiny / "several")
 
 
-@pytest.mark.parametrize("settings", [{}, {"fsdp": True, **MUON}], ids=str)
+@pytest.mark.parametrize("settings", [{}, pytest.param({"fsdp": True, **MUON}, marks=slow)], ids=str)
 def test_several_processes_do_what_one_does_on_masked_rows(rows, train, settings):
     """Where one process has more targets than the other: the mean is over all, not one of means."""
     settings = {**PLAIN, "max_iters": 12, "eval_interval": 6, "eval_iters": 9, "batch_size": 1, **settings}
@@ -108,6 +110,7 @@ def test_several_processes_do_what_one_does_on_masked_rows(rows, train, settings
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
+@slow
 def test_a_run_moves_between_one_process_and_several(tiny, train):
     """FSDP on two, then one process alone, then DDP on two, each from the last one's file."""
     settings = {**PLAIN, **MUON, "max_iters": 18, "eval_interval": 6}
@@ -122,6 +125,7 @@ def test_a_run_moves_between_one_process_and_several(tiny, train):
     assert code == 0 and load(tiny / "out" / "last.pt")["iter_num"] == 19, err
 
 
+@slow
 def test_shards_of_a_checkpoint_resume_on_any_number_of_processes(tiny, train, run):
     settings = {**PLAIN, **MUON, "max_iters": 12, "eval_interval": 4}
     assert train(**settings, out_dir="one").code == 0
@@ -146,6 +150,7 @@ def test_what_libraries_print_at_the_start_stays_out_of_a_result(capfd):
     assert tuple(capfd.readouterr()) == ("result", "who is connected")
 
 
+@slow
 def test_several_agents_form_one_run(tiny, train):
     """Two torchrun agents that meet at an address, as on two machines."""
     settings = {**PLAIN, "max_iters": 6}
@@ -181,7 +186,7 @@ def test_when_a_rank_is_killed_the_others_end_with_a_message(tiny):
     checkpoint.load(tiny / "out" / "last.pt")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=slow), 2])
 def test_torchruns_restart_goes_on_where_the_run_was(tiny, train, processes):
     """A killed rank with --max_restarts: no setting says so, but the run resumes, and ends as the undisturbed one."""
     earlier = train(out_dir="out", max_iters=3, n_embd=8)
@@ -223,12 +228,13 @@ def test_the_rank_with_the_bad_loss_is_named(tiny):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_killed_at_fifty_moments_a_run_ends_in_the_same_bits(tiny, train):
-    settings = {**TINY, "max_iters": 1500, "eval_interval": 10, "eval_iters": 1, "n_layer": 1}
-    command = [sys.executable, str(ROOT / "tests" / "killed.py"), str(tiny / "out"), "50", "7"]
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=slow)])
+def test_killed_at_any_moment_a_run_ends_in_the_same_bits(tiny, train, kills):
+    settings = {**TINY, "max_iters": 30 * kills, "eval_interval": 10, "eval_iters": 1, "n_layer": 1}
+    command = [sys.executable, str(ROOT / "tests" / "killed.py"), str(tiny / "out"), str(kills), "7"]
     done = subprocess.run([*command, *flags(**settings)], cwd=tiny, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 5, "several of the kills hit a save"
+    assert int(done.stdout) >= kills // 10, "some of the kills hit a save"
     assert train(**{**settings, "out_dir": "whole"}).code == 0
     assert_same_run(tiny / "out", tiny / "whole")
     assert not list((tiny / "out").glob("*.tmp"))
@@ -447,6 +453,7 @@ def test_a_clock_that_goes_backwards_harms_nothing(tiny, train, monkeypatch):
     assert_same_run(tiny / "out", tiny / "whole")
 
 
+@slow
 def test_over_a_long_run_memory_and_open_files_stay(tiny, train):
     """20,000 updates of a tiny model, watched from a thread: nothing grows after the first quarter."""
     seen, over = [], threading.Event()

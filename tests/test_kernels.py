@@ -11,6 +11,8 @@ from model import GPT, GPTConfig, rms_norm
 from quartz import kernels
 from quartz.kernels import FastDropout, RMSNormInTraining, TiledAttention, drop_mask
 
+pytestmark = pytest.mark.alone  # with as many threads as a run has
+
 
 @pytest.mark.parametrize("shape", [(3, 5, 8), (2, 3, 4, 6)], ids=str)
 def test_the_norms_own_backward_pass_is_autograds(shape):

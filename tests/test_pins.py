@@ -159,37 +159,52 @@ def test_system():
 """
 
 
+def pytest_of(folder, *arguments: str, **environment: str) -> tuple[int, list[str]]:
+    """The exit status, and the lines, of pytest with the project's conftest.py in a folder."""
+    kept = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS" and not k.startswith("PYTEST_")}
+    environment = {**kept, "PYTHONPATH": str(ROOT / "tests"), **environment}
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+SIDE_BY_SIDE = """
+import os, torch
+
+def test_dies():
+    os._exit(0)
+
+def test_threads():
+    assert torch.get_num_threads() == 1
+"""
+
+
 @pytest.mark.parametrize(
     ("arguments", "data", "counts"),
     [
         ([], "", {"skipped": 4}),
         (["--complete"], "", {"failed": 1, "errors": 1, "skipped": 2}),
-        (["--complete"], "an empty folder", {"failed": 1, "errors": 2, "skipped": 1}),
+        (["--complete", "-n1"], "an empty folder", {"failed": 2, "passed": 1, "errors": 2, "skipped": 1}),
     ],
 )
 def test_in_a_complete_run_nothing_is_skipped_but_what_the_system_lacks(tmp_path, arguments, data, counts):
-    (tmp_path / "test_skips.py").write_text(SKIPS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "QUARTZGPT_TEST_DATA": data and str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *arguments, "test_skips.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    summary = done.stdout.splitlines()[-1]
-    found = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", summary.split(" in ")[0])}
-    assert {word.removesuffix("s") + "s" * (word[:5] == "error"): n for word, n in found.items()} == counts, done.stdout
+    """The last of these as make runs them, in processes that have a thread each, and of which one dies."""
+    (tmp_path / "test_skips.py").write_text(SKIPS + SIDE_BY_SIDE * ("-n1" in arguments))
+    code, lines = pytest_of(tmp_path, *arguments, QUARTZGPT_TEST_DATA=data and str(tmp_path))
+    assert bool(code) == ("failed" in counts)
+    found = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", lines[-1].split(" in ")[0])}
+    assert {word.removesuffix("s") + "s" * (word[:5] == "error"): n for word, n in found.items()} == counts, lines
 
 
 def test_a_module_that_is_skipped_whole_ends_a_complete_run(tmp_path):
     (tmp_path / "test_skips.py").write_text("import pytest\n\npytest.importorskip('quartz_of_no_such_name')\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "conftest",
-        "-p",
-        "no:cacheprovider",
-        "--complete",
-        "test_skips.py",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "quartz_of_no_such_name" in done.stdout, done.stdout
+    code, lines = pytest_of(tmp_path, "--complete")
+    assert code == 2 and "quartz_of_no_such_name" in "".join(lines), lines
+
+
+def test_make_runs_every_test_with_marks_that_are_known_and_each_once():
+    """What the two calls of pytest in `make test-all` leave out is nothing, and neither runs what the other does."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.findall(r'-m "([a-z ]+)\$\(2\)"', makefile) == ["not alone", "alone"]
+    assert "$(call tests,$(VENV), and not slow)" in makefile and "$(call tests,$(VENV),, --complete)" in makefile
+    assert re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.M) == ["slow", "alone"]

@@ -181,6 +181,7 @@ print(all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(first, seco
 """
 
 
+@pytest.mark.alone
 @linux
 @two_cores
 def test_where_others_are_at_work_threads_sleep_and_no_bit_changes():
