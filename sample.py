@@ -108,11 +108,13 @@ class Text:
     prompt: str
     stream: tokenizer.TextStream
     unshown: str
-    drawn: list[Drawn] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
     is_over: bool = False
 
     def take(self, drawn: Drawn) -> None:
-        self.drawn.append(drawn._replace(logits=None))
+        self.ids.append(drawn.token)
+        self.logprobs.append(drawn.logprob)
         self.unshown += self.stream.feed(drawn.token) + (self.stream.finish() if drawn.end else "")
         self.is_over = self.stream.is_done or drawn.end is not None
 
@@ -132,9 +134,9 @@ def show(texts: deque[Text]) -> None:
 
 def report(text: Text, tokens: tokenizer.Tokenizer) -> str:
     """A line of JSON."""
-    ids, logprobs = [drawn.token for drawn in text.drawn], [drawn.logprob for drawn in text.drawn]
-    pieces = [tokens.token_bytes(i).decode("utf-8", "replace") for i in ids]
-    return json.dumps({"prompt": text.prompt, "ids": ids, "tokens": pieces, "logprobs": logprobs}) + "\n"
+    pieces = [tokens.token_bytes(i).decode("utf-8", "replace") for i in text.ids]
+    line = {"prompt": text.prompt, "ids": text.ids, "tokens": pieces, "logprobs": text.logprobs}
+    return json.dumps(line) + "\n"
 
 
 def main() -> None:
@@ -170,11 +172,11 @@ def main() -> None:
             if text.is_over and not drawn.end:
                 decoder.release(drawn.row)
         show(waiting)
-    seconds, steps = time.perf_counter() - began, max(len(text.drawn) for text in texts.values())
+    seconds, steps = time.perf_counter() - began, max(len(text.ids) for text in texts.values())
     if logprobs:
         with files.writing(f"logprobs={logprobs}", "what was there is untouched"):
             files.write(Path(logprobs), "".join(report(text, tokens) for text in texts.values()).encode())
-    count = sum(len(text.drawn) for text in texts.values())
+    count = sum(len(text.ids) for text in texts.values())
     print(f"{rows} x {steps} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 

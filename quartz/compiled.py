@@ -220,7 +220,7 @@ class CompiledStep:
 
     def __init__(self, engine: Engine, rows: int):
         self.engine, self.model, self.rows = engine, engine.model, rows
-        self.prefill = engine.prefill
+        self.prefill, self.refill = engine.prefill, engine.refill
         self.capacity = self.model.config.block_size + 8  # more than any length: the tracer wants the two told apart
         what = [torch.__version__, self.model.config, rows, engine.kept, torch.get_num_threads(), _cpu()]
         what += [Path(file).read_bytes() for file in (__file__, model_module.__file__)]

@@ -11,12 +11,13 @@ decoders of two rows and more. (One of a single row takes quicker products, whic
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+NUMBERS = 64  # random numbers that are drawn in one go
 CHUNK = 256  # tokens of a prompt that are read in one go
 
 
@@ -96,6 +97,7 @@ class _Text:
     generator: torch.Generator
     stop_ids: frozenset[int]
     seen: torch.Tensor | None  # (V,) bool, the tokens in the text, where there is a penalty for them
+    numbers: list[float] = field(default_factory=list)  # random ones, drawn and not used yet
     logits: torch.Tensor | None = None  # (V,), of the token after what was read, until it is drawn
 
 
@@ -191,9 +193,7 @@ class Decoder:
         row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several, in their order;
         nothing where no row runs, though with `chunks` some may wait.
         """
-        for row in self._running():
-            if self.texts[row].logits is None and self.cache.lengths[row] == self.block_size:
-                self.prompts.append(_Prompt([row], self.texts[row].ids[-max(1, self.block_size // 2) :]))
+        self._refill()
         while self.prompts and chunks != 0:
             self._read()
             chunks = chunks and chunks - 1
@@ -201,7 +201,7 @@ class Decoder:
         if not rows:
             return []
         count = min(self.ahead, *(self._room(row) for row in rows))
-        uniform = torch.stack([self._uniform(row, count) for row in rows], dim=1).to(self.device)
+        uniform = torch.tensor([self._uniform(row, count) for row in rows]).T.to(self.device)
         tokens, found = None, []
         for n in range(count):
             logits = self._logits(rows, tokens)
@@ -209,6 +209,14 @@ class Decoder:
             its_logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0] if self.logprobs else tokens
             found.append((tokens, its_logprobs, logits))
         return self._tell(rows, found)
+
+    def _refill(self) -> None:
+        """Drops the older half of each context that is full."""
+        rows = [row for row in self._running() if self.texts[row].logits is None]
+        if rows := [row for row in rows if self.cache.lengths[row] == self.block_size]:
+            kept = [self.texts[row].ids[-max(1, self.block_size // 2) :] for row in rows]
+            for row, logits in zip(rows, self.engine.refill(kept, self.cache, rows), strict=True):
+                self.texts[row].logits = logits[: self.vocab_size].float()
 
     def _running(self) -> list[int]:
         """The rows whose prompts were read."""
@@ -220,10 +228,15 @@ class Decoder:
         text = self.texts[row]
         return min(text.left, self.block_size - self.cache.lengths[row] + (text.logits is not None))
 
-    def _uniform(self, row: int, count: int) -> torch.Tensor:
-        """Random numbers (count,) of a row's own: the same however many of them are taken at a time."""
+    def _uniform(self, row: int, count: int) -> list[float]:
+        """Random numbers of a row's own: the same however many of them are taken at a time."""
         text = self.texts[row]
-        return torch.zeros(count) if text.sampling.temperature == 0 else torch.rand(count, generator=text.generator)
+        if text.sampling.temperature == 0:
+            return [0.0] * count
+        while len(text.numbers) < count:
+            text.numbers += torch.rand(NUMBERS, generator=text.generator).tolist()
+        numbers, text.numbers = text.numbers[:count], text.numbers[count:]
+        return numbers
 
     def _read(self) -> None:
         """Reads a chunk of the first prompt that waits."""
@@ -281,6 +294,7 @@ class Decoder:
         all_logprobs = torch.stack([its for _, its, _ in found]).tolist()
         told = []
         for ids, logprobs, (_, _, logits) in zip(all_ids, all_logprobs, found, strict=True):
+            logits = logits.unbind()
             for n, row in enumerate(rows):
                 if (text := self.texts[row]) is None:
                     continue

@@ -17,11 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPT, MLP, CausalSelfAttention, GPTConfig
+from model import GPT, MLP, CausalSelfAttention, GPTConfig, RMSNorm, rotate
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+LINEAR = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
 CPU = torch.device("cpu")
-ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product of a single row beats its cost of dispatch
+EIGHT = 8  # rows that are taken at a time by F.linear
+ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product beats its cost of dispatch
 TRIED = (2, 3, 5, 8, 12, 16, 33, 65)  # numbers of rows, to see whether a product minds how many there are
 VECTOR = 32  # numbers that a kernel takes at a time: two vectors of 512 bits
 
@@ -29,18 +31,20 @@ VECTOR = 32  # numbers that a kernel takes at a time: two vectors of 512 bits
 class SteadyLinear(nn.Linear):
     """A linear layer on a CPU, in which a row's result has the same bits whatever other rows stand beside it.
 
-    By oneDNN, where PyTorch has it, with the weight packed once as its kernels read it: a third to a half of the time
-    of F.linear. What rounds a row otherwise where more stand beside it (F.linear, and oneDNN for some shapes in some
-    releases) takes one row at a time. A single row is rounded in its own way: see Engine.step. In bfloat16 nothing is
-    promised.
+    F.linear rounds a row otherwise where others stand beside it, but for most shapes not by how many eights of rows
+    there are: so small layers take their rows in eights. Larger ones are quicker by oneDNN, where PyTorch has it, with
+    the weight packed once as its kernels read it: a third to a half of F.linear's time. Each layer tries its product
+    once, and one that fails takes a row at a time. A single row is rounded in its own way: see Engine.step. In bfloat16
+    nothing is promised.
     """
 
     packed: torch.Tensor | None = None  # the weight in oneDNN's layout, made by `pack`
-    is_steady = False
+    is_steady = False  # whether its product minds no rows: known after `pack`
 
     def pack(self, gives_up: bool) -> None:
         """Makes the product of several rows ready, with a copy of the weight; in its place where that `gives_up`."""
-        if not HAS_ONEDNN or self.weight.dtype not in (torch.float32, torch.bfloat16):
+        self.packed, self.is_steady = None, self.is_small() and self.minds_no_rows()
+        if self.is_steady or not HAS_ONEDNN or self.weight.dtype not in (torch.float32, torch.bfloat16):
             return
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
         self.is_steady = self.weight.dtype == torch.bfloat16 or self.minds_no_rows()
@@ -48,26 +52,44 @@ class SteadyLinear(nn.Linear):
             self.weight.data = self.weight.new_empty(0)
 
     def is_small(self) -> bool:
-        return self.in_features * self.out_features < ONEDNN_SIZE
+        return self.weight.dtype == torch.float32 and self.in_features * self.out_features < ONEDNN_SIZE
 
     def minds_no_rows(self) -> bool:
-        """Tries it: whether rows have the same bits among few and among many."""
-        x = torch.randn(max(TRIED), self.in_features, generator=torch.Generator().manual_seed(0))
+        """Tries it: whether rows have the same bits among few and among many, and wherever they stand."""
+        x = torch.randn(max(TRIED) + 1, self.in_features, generator=torch.Generator().manual_seed(0))
         together = self.product(x)
-        return all(torch.equal(self.product(x[:rows]), together[:rows]) for rows in TRIED)
+        parts = [part for rows in TRIED for part in (slice(rows), slice(1, rows + 1))]
+        return all(torch.equal(self.product(x[part]), together[part]) for part in parts)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight if self.packed is None else self.packed
-        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
+        """Of several rows (n, in_features)."""
+        if self.packed is not None:
+            return LINEAR(x, self.packed, self.bias, "none", [], "")
+        missing = -x.size(0) % EIGHT
+        return F.linear(F.pad(x, (0, 0, 0, missing)) if missing else x, self.weight, self.bias)[: x.size(0)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, 1, in_features) or (n, in_features) in a step of n rows, (1, T, in_features) of a prompt."""
-        if len(x) > 1 and not self.is_steady:
-            return torch.cat([self.forward(row) for row in x.split(1)])
-        is_single = x.numel() == self.in_features
-        if not HAS_ONEDNN or (is_single and self.is_small()) or (self.packed is None and x.dtype != torch.float32):
+        """x (n, T, in_features) or (n, in_features): of n texts, which mind each other in no way."""
+        rows = x.numel() // self.in_features
+        if rows > 1 and self.is_steady:
+            return self.product(x.reshape(rows, -1)).view(*x.shape[:-1], -1)
+        if rows > 1 and x.size(0) > 1:
+            return torch.cat([self.forward(text.clone()) for text in x.split(1)])  # bits depend on where memory begins
+        if self.packed is None and (self.is_small() or not HAS_ONEDNN or x.dtype != torch.float32):
             return super().forward(x)
-        return self.product(x)
+        return LINEAR(x, self.weight if self.packed is None else self.packed, self.bias, "none", [], "")
+
+
+def quick_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """model.rms_norm by a sum: of a few rows PyTorch takes the mean in five times a sum's time."""
+    x = x.float()
+    scale = x.square().sum(-1, keepdim=True).mul_(1 / x.size(-1)).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight.float())
+
+
+class QuickRMSNorm(RMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return quick_rms_norm(x, self.weight, self.eps).to(x.dtype)
 
 
 class SteadyMLP(MLP):
@@ -80,7 +102,17 @@ class SteadyMLP(MLP):
 
 
 class RowsAttention(CausalSelfAttention):
-    """Attention to a cache that does it itself."""
+    """Attention to a cache that does it itself. Queries and keys are normalised and rotated in one go."""
+
+    def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if rope is None:
+            return super().heads(qkv, rope)
+        qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)
+        if self.q_norm is not None:
+            weight = torch.cat((self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv, -1)))
+            qk = quick_rms_norm(qk, weight, self.q_norm.eps)
+        q, k = rotate(qk.float(), rope).split((self.n_head, self.n_kv), dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
         return mask.attend(q, k, v) if isinstance(mask, RowCache) else super().attend(q, k, v, mask)
@@ -113,6 +145,13 @@ class RowCache:
         self.lengths[row] = self.end
         return positions
 
+    def open_refill(self, rows: list[int], count: int) -> torch.Tensor:
+        """Readies the cache for `count` tokens in each of the rows, in place of what they hold; returns positions."""
+        self.stepped, self.row, self.filled, self.end = None, None, rows, count
+        for row in rows:
+            self.lengths[row] = count
+        return torch.arange(count, device=self.keys.device)
+
     def open_step(self, rows: list[int]) -> torch.Tensor:
         """Readies the cache for one more token in each of the rows; returns their positions (n,)."""
         lengths = [self.lengths[row] for row in rows]
@@ -129,6 +168,11 @@ class RowCache:
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """As KVCache.extend; in place of a mask comes the cache itself where it attends."""
         caches = self.keys[layer], self.values[layer]  # (groups, rows, heads, capacity, head_dim)
+        if self.stepped is None and self.row is None:
+            for cache, its in zip(caches, (k, v), strict=True):
+                its = its[: len(self.filled)].unflatten(1, (self.groups, -1)).transpose(0, 1)
+                cache[:, self.filled, :, : self.end] = its.to(cache.dtype)
+            return k, v, self if self.keys.device.type == "cpu" else None
         if self.stepped is None:
             for cache, its in zip(caches, (k, v), strict=True):
                 cache[:, self.row, :, self.start : self.end] = its[0].unflatten(0, (self.groups, -1))
@@ -137,9 +181,9 @@ class RowCache:
             k, v = (cache[:, self.row, :, : self.end].flatten(0, 1)[None] for cache in caches)
             return k, v, self.mask
         for cache, its in zip(caches, (k, v), strict=True):
-            its = its[: len(self.stepped), :, 0].unflatten(1, (self.groups, -1))  # (n, groups, heads, head_dim)
+            its = its[: len(self.stepped)].view(-1, self.groups, cache.size(2), cache.size(4))  # (n, groups, heads, …)
             if self.is_even:
-                cache[:, :, :, self.end - 1] = its.transpose(0, 1)
+                cache.select(3, self.end - 1).copy_(its.transpose(0, 1))
             else:
                 cache[:, self.index, :, self.at] = its.to(cache.dtype)
         if self.keys.device.type == "cpu":
@@ -150,10 +194,13 @@ class RowCache:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One query a row, (n, n_head, 1, head_dim), to k and v (groups * rows, n_head / groups, end, head_dim).
 
-        Each at its row's own length: keys that are masked would change bits.
+        Each at its row's own length: keys that are masked would change bits. In a refill text for text.
         """
+        if self.stepped is None:
+            one_by_one = zip(q.to(v.dtype).split(1), k.to(v.dtype).split(1), v.split(1), strict=True)
+            return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True) for qkv in one_by_one])
         n = len(self.stepped)
-        copies = len(q) // n  # 2 where the only row is computed beside itself
+        others = q.size(0) - n  # that are nobody's
         q = q[:n].to(v.dtype).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, n, heads, 1, head_dim)
         if self.is_even and (self.groups == self.threads or self.rows == 1):
             y = F.scaled_dot_product_attention(q.flatten(0, 1), k, v).unflatten(0, (self.groups, -1))
@@ -161,7 +208,7 @@ class RowCache:
             its = ([t[row :: self.rows, :, : self.lengths[row]] for t in (k, v)] for row in self.stepped)
             y = torch.stack([F.scaled_dot_product_attention(q[:, i], *kv) for i, kv in enumerate(its)], dim=1)
         y = y.transpose(0, 1).flatten(1, 2)
-        return y if copies == 1 else y.repeat(copies, 1, 1, 1)
+        return F.pad(y, (0, 0, 0, 0, 0, 0, 0, others)) if others else y
 
     def copy(self, row: int, others: list[int], length: int) -> None:
         """Gives other rows the first `length` positions of a row."""
@@ -195,7 +242,8 @@ class Engine:
         quantize: bool = False,
         gives_up: bool = False,
     ):
-        self.source, self.is_packed = None if gives_up else model, False
+        self.source = None if gives_up else model
+        self.is_packed = self.in_eights = False  # whether `pack` was called, and has found small layers alone
         self.model = (model if gives_up else twin(model)).eval().to(place, dtype)
         self.kept, self.quantize = torch.int8 if quantize else kept, quantize
         self.scales: dict[nn.Parameter, torch.Tensor] = {}  # of weights in int8
@@ -238,9 +286,10 @@ class Engine:
     def pack(self) -> None:
         """Has matrices lie as products of several rows read them, on CPUs: see SteadyLinear."""
         embedding, self.is_packed = self.model.transformer.wte.weight, True
-        for module in self.model.modules():
-            if isinstance(module, SteadyLinear):
-                module.pack(gives_up=self.source is None and module.weight is not embedding)
+        layers = [module for module in self.model.modules() if isinstance(module, SteadyLinear)]
+        for layer in layers:
+            layer.pack(gives_up=self.source is None and layer.weight is not embedding)
+        self.in_eights = all(layer.packed is None for layer in layers)
 
     def new_cache(self, rows: int, length: int) -> RowCache:
         """An empty cache for `rows` texts of up to `length` tokens, in the dtype that attention computes in.
@@ -264,20 +313,30 @@ class Engine:
         return self.model.lm_head(x[0, -1:])[0]
 
     @torch.no_grad()
+    def refill(self, texts: list[list[int]], cache: RowCache, rows: list[int]) -> torch.Tensor:
+        """Reads texts of one length into rows, in place of what those held; returns the logits that follow, (n, V)."""
+        company = 1 if len(rows) == 1 < cache.rows else 0
+        idx = F.pad(torch.tensor(texts, device=self.model.lm_head.weight.device), (0, 0, 0, company))
+        hidden = self.model._hidden(idx, cache.open_refill(rows, idx.size(1)), cache)
+        return self.model.lm_head(hidden[:, -1])[: len(rows)]
+
+    @torch.no_grad()
     def step(self, tokens: torch.Tensor, cache: RowCache, rows: list[int]) -> torch.Tensor:
         """Puts one token (n,) behind each of the given rows, and leaves the others as they are; returns the logits of
         those that follow, (n, V), which hold until the next step.
         """
         position = cache.open_step(rows)
-        if len(rows) == 1 < cache.rows and position.device.type == "cpu":  # beside itself, as it would be beside others
-            tokens, position = tokens.repeat(2), position.repeat(2)
+        # A row is rounded otherwise alone than beside others, so it never is alone; small layers want eights
+        company = -len(rows) % EIGHT if self.in_eights else len(rows) == 1
+        if company and cache.rows > 1 and position.device.type == "cpu":
+            tokens, position = F.pad(tokens, (0, company)), F.pad(position, (0, company))
         hidden = self.model._hidden(tokens[:, None], position[:, None], cache)
         return self.model.lm_head(hidden[:, 0])[: len(rows)]
 
 
 def install(model: GPT) -> None:
     """Has a model's modules, in place, compute each row with the same bits whatever rows stand beside it."""
-    steady = {nn.Linear: SteadyLinear}
+    steady = {nn.Linear: SteadyLinear, nn.Dropout: nn.Identity, RMSNorm: QuickRMSNorm}
     if model.config.n_hidden % (VECTOR * torch.get_num_threads()):
         steady[MLP] = SteadyMLP
     for module in model.modules():
