@@ -10,8 +10,8 @@ decoders of two rows and more. (One of a single row takes quicker products, whic
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -86,6 +86,21 @@ class Drawn(NamedTuple):
     end: str | None  # "stop" or "length" where this is the row's last token; the row is then free again
 
 
+class Reading:
+    """What a caller does while a prompt of its own is read: nothing, unless it overrides this."""
+
+    see: Callable[[torch.Tensor], None] | None = None  # is given the logits after each token, (n, V) float32 at a time
+
+    def skip(self, cache, row: int, ids: Sequence[int], start: int) -> int:
+        """Called before a chunk is read at `start`: may write what it knows of the ids into the row; returns where, at
+        a chunk's border, reading goes on.
+        """
+        return start
+
+    def has_read(self, cache, row: int, ids: Sequence[int], end: int) -> None:
+        """Called after a chunk was read up to `end`."""
+
+
 @dataclass
 class _Text:
     """What a row that is in use holds beside its keys and values."""
@@ -106,6 +121,7 @@ class _Prompt:
     rows: list[int]
     ids: list[int]
     start: int = 0  # tokens that were read
+    reading: Reading = field(default_factory=Reading)
 
 
 class Decoder:
@@ -149,11 +165,13 @@ class Decoder:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] = (),
+        reading: Reading | None = None,
     ) -> list[int]:
         """Puts a prompt, which is read once, into as many free rows as there are seeds; returns them.
 
-        A row draws with its seed, and ends after max_new_tokens, or with the first of stop_ids that it draws. Raises
-        ValueError for an empty prompt, a setting out of range, a text that is too long, or too few free rows.
+        A row draws with its seed, and ends after max_new_tokens, or with the first of stop_ids that it draws. `reading`
+        is told of the prompt's chunks. Raises ValueError for an empty prompt, a setting out of range, a text that is
+        too long, or too few free rows; then nothing has changed.
         """
         sampling, free = sampling or Sampling(), self.free()
         if problems := sampling.problems():
@@ -164,16 +182,23 @@ class Decoder:
             raise ValueError(f"{len(prompt)} + {max_new_tokens} tokens do not fit in rows of {self.length}")
         if not 0 < len(seeds) <= len(free):
             raise ValueError(f"{len(seeds)} seeds for {len(free)} free rows")
-        rows, prompt = free[: len(seeds)], list(prompt)
-        for row, seed in zip(rows, seeds, strict=True):
+        rows, prompt, texts = free[: len(seeds)], list(prompt), []
+        for seed in seeds:
             seen = None
             if sampling.repetition_penalty != 1:
                 seen = torch.zeros(self.engine.model.config.vocab_size, dtype=torch.bool, device=self.device)
                 seen[prompt] = True
             generator = torch.Generator().manual_seed(seed)
-            self.texts[row] = _Text([*prompt], max_new_tokens, sampling, generator, frozenset(stop_ids), seen)
-        self.prompts.append(_Prompt(rows, prompt[-self.block_size :]))
+            texts.append(_Text([*prompt], max_new_tokens, sampling, generator, frozenset(stop_ids), seen))
+        for row, text in zip(rows, texts, strict=True):
+            self.texts[row] = text
+        self.prompts.append(_Prompt([*rows], prompt[-self.block_size :], reading=reading or Reading()))
         return rows
+
+    def clear(self) -> None:
+        """Ends all texts, wherever they are, and whatever state an error has left them in."""
+        self.texts = [None] * len(self.texts)
+        self.prompts.clear()
 
     def release(self, row: int) -> None:
         """Ends a row's text, wherever it is."""
@@ -229,9 +254,13 @@ class Decoder:
         """Reads a chunk of the first prompt that waits."""
         prompt = self.prompts[0]
         row, *others = prompt.rows
+        reading = prompt.reading
+        see = reading.see and (lambda logits: reading.see(logits[:, : self.vocab_size].float()))
+        prompt.start = reading.skip(self.cache, row, prompt.ids, prompt.start)
         ids = prompt.ids[prompt.start : prompt.start + self.chunk]
-        logits = self.engine.prefill(ids, self.cache, row, prompt.start)
+        logits = self.engine.prefill(ids, self.cache, row, prompt.start, see)
         prompt.start += len(ids)
+        reading.has_read(self.cache, row, prompt.ids, prompt.start)
         if prompt.start == len(prompt.ids):
             self.prompts.popleft()
             self.cache.copy(row, others, prompt.start)
