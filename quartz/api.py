@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from quartz.decoder import Sampling
 from quartz.errors import UserError
-from quartz.serving import Event, Failed, Read, Request, Token, Told
+from quartz.serving import Event, Failed, Read, Request, Told
 from quartz.tokenizer import END_OF_TEXT, TextStream, Tokenizer
 
 MAX_CHOICES = 128  # n times the number of prompts
@@ -67,6 +67,11 @@ class Served:
     def longest(self) -> int:
         """Bytes of the longest token."""
         return max(len(self.tokens.token_bytes(i)) for i in range(self.tokens.vocab_size))
+
+    @functools.cached_property
+    def spellings(self) -> list[str]:
+        """Each token as a text."""
+        return [spell(self.tokens.token_bytes(i)) for i in range(self.tokens.vocab_size)]
 
     @property
     def end(self) -> int | None:
@@ -324,9 +329,8 @@ def chat(body: dict, served: Served) -> Asked:
 # What is answered
 
 
-def spell(i: int, tokens: Tokenizer) -> str:
-    """A token as a text; one that is no whole character by its bytes, as in bytes:\\xe2\\x82."""
-    data = tokens.token_bytes(i)
+def spell(data: bytes) -> str:
+    """A token as a text; one of parts of characters by its bytes, as in bytes:\\xe2\\x82."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -360,14 +364,14 @@ class _Stream(TextStream):
 class Choice:
     """One text of an answer. What is new in it can be taken at any time; taken at the end, it is all there is."""
 
-    def __init__(self, index: int, prompt: list[int], asked: Asked, tokens: Tokenizer):
-        self.index, self.prompt, self.asked, self.tokens = index, prompt, asked, tokens
+    def __init__(self, index: int, prompt: list[int], asked: Asked, served: Served):
+        self.index, self.prompt, self.asked, self.served = index, prompt, asked, served
         decoder, self.offsets, text = codecs.getincrementaldecoder("utf-8")("replace"), [], ""
         for i in prompt:
             self.offsets.append(len(text))
-            text += decoder.decode(tokens.token_bytes(i))
+            text += decoder.decode(served.tokens.token_bytes(i))
         self.start = len(text) if asked.echo else 0  # characters before the first that was drawn
-        self.stream = _Stream(tokens, asked.stops, decoder.getstate()[0])
+        self.stream = _Stream(served.tokens, asked.stops, decoder.getstate()[0])
         self.text = text if asked.echo else ""
         self.told: list[tuple[int, Told]] = []  # with the character at which the token begins
         self.drawn: list[int] = []
@@ -407,7 +411,7 @@ class Choice:
         """Of the new tokens. Where two of the likeliest are spelled alike, the likelier counts."""
         told = [its for _, its in self.told]
         return {
-            "tokens": [spell(its.token, self.tokens) for its in told],
+            "tokens": [self.served.spellings[its.token] for its in told],
             "token_logprobs": [_finite(its.logprob) for its in told],
             "top_logprobs": [self.top(its) for its in told],
             "text_offset": [offset for offset, _ in self.told],
@@ -418,7 +422,7 @@ class Choice:
             return None
         found: dict[str, float] = {}
         for i, logprob in [*told.top, (told.token, told.logprob)]:
-            name = spell(i, self.tokens)
+            name = self.served.spellings[i]
             found[name] = max(_finite(logprob), found.get(name, LEAST_LOGPROB))
         return found
 
@@ -440,7 +444,7 @@ class Answer:
             "system_fingerprint": served.fingerprint,
         }
         prompts = [request.prompt for request in requests for _ in range(n)]
-        self.choices = [Choice(k, prompt, asked, served.tokens) for k, prompt in enumerate(prompts)]
+        self.choices = [Choice(k, prompt, asked, served) for k, prompt in enumerate(prompts)]
         self.cached_tokens = self.drawn_tokens = 0
 
     def of(self, which: int) -> list[Choice]:
@@ -514,8 +518,8 @@ def tokenize(body: dict, served: Served) -> dict:
     shows = _flag(body, "return_token_strs")
     told = {"count": len(ids), "max_model_len": served.block_size, "tokens": ids}
     if _flag(body, "with_pieces"):
-        told["tokens"] = [{"id": i, "piece": spell(i, served.tokens)} for i in ids]
-    return told | {"token_strs": [spell(i, served.tokens) for i in ids] if shows else None}
+        told["tokens"] = [{"id": i, "piece": served.spellings[i]} for i in ids]
+    return told | {"token_strs": [served.spellings[i] for i in ids] if shows else None}
 
 
 def detokenize(body: dict, served: Served) -> dict:
