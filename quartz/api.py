@@ -300,8 +300,8 @@ def _sampling(body: dict) -> Sampling:
 
 
 def _stops(body: dict) -> list[str]:
-    value = _of_kind(body, "stop", str, list) or []
-    stops = [value] if isinstance(value, str) else value
+    value = _of_kind(body, "stop", str, list)
+    stops = value if isinstance(value, list) else [] if value is None else [value]
     if len(stops) > MAX_STOPS or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP for stop in stops):
         raise ApiError(400, f"stop must be up to {MAX_STOPS} texts of 1 to {MAX_STOP} characters", "stop")
     return [_text(stop, "stop") for stop in stops]
