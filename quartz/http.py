@@ -102,8 +102,8 @@ class Gate:
         if any(_part(origin, "netloc") != host.lower() for origin in headers.get("origin", [])):
             raise ApiError(403, "pages from elsewhere may not ask here", code="origin")
         if self.key and scope["path"] not in OPEN:
-            given = headers.get("authorization", [""])[0].removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.key.encode()):
+            scheme, _, given = headers.get("authorization", [""])[0].partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.key.encode()):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
         kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
@@ -351,8 +351,8 @@ class Site:
 
     def app(self) -> Gate:
         routes = [
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", functools.partial(self.complete, api.completion), methods=["POST"]),
+            Route("/v1/chat/completions", functools.partial(self.complete, api.chat), methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.model, methods=["GET"]),
             Route("/tokenize", functools.partial(self.convert, api.tokenize), methods=["POST"]),
@@ -419,10 +419,10 @@ class Site:
             raise Gone
         raise ApiError(504, f"the request has taken more than {self.seconds:g} s", code="timeout")
 
-    async def completions(self, request: Request):
+    async def complete(self, means: Callable[[dict, api.Served], api.Asked], request: Request) -> Json | EventStream:
         began, served = time.monotonic(), self.ready()
         data = await self.body(request)
-        call = await self.unless_gone(self.begin(data, api.completion, served, began), request.receive)
+        call = await self.unless_gone(self.begin(data, means, served, began), request.receive)
         if call.answer.asked.stream:
             return EventStream(call)
         try:
@@ -440,10 +440,6 @@ class Site:
         call = Call(self, await self.apart(len(data), lambda: api.Answer(asked, asked.encode(served), served)), began)
         call.submit()
         return call
-
-    async def chat(self, request: Request) -> Json:
-        served, data = self.ready(), await self.body(request)
-        await self.unless_gone(self.begin(data, api.chat, served, time.monotonic()), request.receive)
 
     async def convert(self, function: Callable, request: Request) -> Json:
         served, data = self.ready(), await self.body(request)
@@ -541,8 +537,10 @@ def run(site: Site, sock: socket.socket, drain_seconds: float) -> None:
     )
     site.stop = lambda: setattr(server, "should_exit", True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at the end, which is no failure
-    server.run(sockets=[sock])
-    if site.service is not None:
-        site.service.close()
+    try:
+        server.run(sockets=[sock])
+    finally:
+        if site.service is not None:
+            site.service.close()
     if site.failure is not None:
         raise site.failure

@@ -417,6 +417,20 @@ def test_a_queue_that_is_full_says_when_to_try_again(guarded):
     assert guarded.post(prompt="the", n=2, max_tokens=2).status_code == 200
 
 
+def test_a_client_that_tries_again_is_answered(guarded):
+    with contextlib.ExitStack() as stack:
+        for sock in [stack.enter_context(guarded.connect()) for _ in range(4)]:
+            sock.sendall(guarded.request(**LONG))
+        until(lambda: guarded.metric("num_requests_(?:running|waiting)") == 4)
+        with ThreadPoolExecutor(1) as pool:
+            client = guarded.client.with_options(max_retries=2)
+            answer = pool.submit(client.completions.create, model="tiny", prompt="the", max_tokens=2)
+            time.sleep(0.3)
+            assert not answer.done()
+            stack.close()
+            assert answer.result().usage.completion_tokens == 2
+
+
 def test_a_request_that_takes_too_long_is_ended_as_an_error(guarded):
     answer = guarded.post(**LONG)
     assert answer.status_code == 504 and answer.headers["x-should-retry"] == "false"
