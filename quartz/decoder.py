@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 CHUNK = 256  # tokens of a prompt that are read in one go
+READ_COST = 32  # tokens that could be read in the time that it takes to begin, which is that of reading the weights
 
 
 @dataclass(frozen=True)
@@ -212,16 +213,14 @@ class Decoder:
                 self.cache.copy(row, prompt.rows[:1], prompt.start)
 
     def step(self, chunks: int | None = None) -> list[Drawn]:
-        """Reads up to `chunks` chunks of the prompts that wait (None: all of them), then draws the next token of every
-        row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several, in their order;
-        nothing where no row runs, though with `chunks` some may wait.
+        """Reads prompts that wait, as much as takes the time of `chunks` chunks (None: all there is), then draws the
+        next token of every row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several,
+        in their order; nothing where no row runs, though with `chunks` some may wait.
         """
         for row in self._running():
             if self.texts[row].logits is None and self.cache.lengths[row] == self.block_size:
                 self.prompts.append(_Prompt([row], self.texts[row].ids[-max(1, self.block_size // 2) :]))
-        while self.prompts and chunks != 0:
-            self._read()
-            chunks = chunks and chunks - 1
+        self._read(math.inf if chunks is None else chunks * (self.chunk + READ_COST))
         rows = self._running()
         if not rows:
             return []
@@ -250,14 +249,21 @@ class Decoder:
         text = self.texts[row]
         return torch.zeros(count) if text.sampling.temperature == 0 else torch.rand(count, generator=text.generator)
 
-    def _read(self) -> None:
-        """Reads a chunk of the first prompt that waits."""
-        prompt = self.prompts[0]
-        row, *others = prompt.rows
-        reading = prompt.reading
+    def _read(self, left: float) -> None:
+        """Reads chunks of the prompts that wait, one after the other, while `left` tokens are enough."""
+        while self.prompts:
+            prompt = self.prompts[0]
+            prompt.start = prompt.reading.skip(self.cache, prompt.rows[0], prompt.ids, prompt.start)
+            ids = prompt.ids[prompt.start : prompt.start + self.chunk]
+            left -= len(ids) + READ_COST
+            if left < 0:
+                break
+            self._read_chunk(prompt, ids)
+
+    def _read_chunk(self, prompt: _Prompt, ids: list[int]) -> None:
+        """Reads the next ids of a prompt, which is the first of those that wait."""
+        (row, *others), reading = prompt.rows, prompt.reading
         see = reading.see and (lambda logits: reading.see(logits[:, : self.vocab_size].float()))
-        prompt.start = reading.skip(self.cache, row, prompt.ids, prompt.start)
-        ids = prompt.ids[prompt.start : prompt.start + self.chunk]
         logits = self.engine.prefill(ids, self.cache, row, prompt.start, see)
         prompt.start += len(ids)
         reading.has_read(self.cache, row, prompt.ids, prompt.start)

@@ -1,8 +1,8 @@
 """Requests that come and go, computed on one thread: who waits, who runs, what is told of each token, and to whom.
 
 Read it to see what a server does between an HTTP request and the decoder. Each round of the thread admits what waits
-and fits into free rows, reads one chunk of one prompt, and draws a token for every row that runs: so the time between a
-row's tokens is at most that of a chunk and a step, however long the prompts are that others bring.
+and fits into free rows, reads one chunk of a prompt, or as much of several short ones, and draws a token for every row
+that runs: so the time between a row's tokens is that of a chunk and a step, however long others' prompts are.
 
 What a request is told depends on itself alone, not on what runs beside it, nor on whether its prompt was in the cache:
 in float32 on a CPU, ids and log-probabilities bit for bit.
