@@ -12,6 +12,7 @@ import ipaddress
 import json
 import signal
 import socket
+import struct
 import threading
 import time
 from collections import deque
@@ -153,7 +154,12 @@ class Protocol(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         seconds = READER_SECONDS + self.transport.get_write_buffer_size() / READER_RATE
-        self.leaving = self.loop.call_later(seconds, self.transport.abort)
+        self.leaving = self.loop.call_later(seconds, self.cut)
+
+    def cut(self) -> None:
+        """Ends the connection by a reset: else the system would keep what was written, and try to send it."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def resume_writing(self) -> None:
         super().resume_writing()

