@@ -6,7 +6,6 @@ does, nor of how a text comes about, which quartz/serving.py does.
 """
 
 import codecs
-import functools
 import json
 import math
 import secrets
@@ -51,7 +50,7 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Served:
     """The model, as clients see it."""
 
@@ -63,15 +62,9 @@ class Served:
     fingerprint: str  # of all that decides about bits; the same after a restart
     created: int = 0  # seconds since 1970
 
-    @functools.cached_property
-    def longest(self) -> int:
-        """Bytes of the longest token."""
-        return max(len(self.tokens.token_bytes(i)) for i in range(self.tokens.vocab_size))
-
-    @functools.cached_property
-    def spellings(self) -> list[str]:
-        """Each token as a text."""
-        return [spell(self.tokens.token_bytes(i)) for i in range(self.tokens.vocab_size)]
+    def __post_init__(self):
+        data = [self.tokens.token_bytes(i) for i in range(self.tokens.vocab_size)]
+        self.longest, self.spellings = max(map(len, data)), [spell(its) for its in data]  # in bytes; as texts
 
     @property
     def end(self) -> int | None:

@@ -10,6 +10,7 @@ import functools
 import hmac
 import ipaddress
 import json
+import os
 import signal
 import socket
 import struct
@@ -510,7 +511,8 @@ async def _fail(request: Request, error: Exception) -> Json:
 def listen(host: str, port: int) -> socket.socket:
     """A socket at that address. Raises UserError where there is none to be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = min(found, key=lambda its: its[0] != socket.AF_INET)  # as clients try it first
         return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except OSError as error:
         raise UserError(f"host={host} port={port} can't be had: {in_words(error)}") from error
@@ -548,5 +550,7 @@ def run(site: Site, sock: socket.socket, drain_seconds: float) -> None:
     finally:
         if site.service is not None:
             site.service.close()
+        elif site.failure is None:  # a thread that loads can't be ended, and would not survive the interpreter's end
+            os._exit(0)
     if site.failure is not None:
         raise site.failure

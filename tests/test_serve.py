@@ -56,7 +56,7 @@ runpy.run_path("serve.py", run_name="__main__")
 class Server:
     """A process of serve.py on a free port."""
 
-    def __init__(self, folder, *command: str, key: str = "", **settings):
+    def __init__(self, folder, *command: str, key: str = "", waits: bool = True, **settings):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUARTZGPT_API_KEY": key, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, *(command or [str(ROOT / "serve.py")])]
         settings = {
@@ -83,7 +83,8 @@ class Server:
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60)
         self.first_health = self.http.get("/health")
-        until(lambda: self.http.get("/health").status_code == 200)
+        if waits:
+            until(lambda: self.http.get("/health").status_code == 200)
 
     def errors(self) -> str:
         self.log.seek(0)
@@ -683,10 +684,23 @@ def test_what_is_not_finished_in_time_is_an_error_never_a_short_text(folder):
         assert server.process.wait(60) == 0
 
 
+def test_it_can_be_stopped_while_it_loads(folder):
+    server = Server(folder, "-c", IMPATIENT, waits=False)
+    assert server.first_health.status_code == 503
+    assert server.stop() == 0
+    assert [line for line in server.errors().splitlines() if not line.startswith("Overriding: ")] == []
+
+
 def test_a_port_that_is_taken_is_one_line(server, folder, run):
     assert_user_error(
         run("serve.py", *flags(out_dir=folder / "tiny", port=server.port)), f"port={server.port}", "in use"
     )
+
+
+def test_a_checkpoint_that_is_damaged_is_one_line(folder, tmp_path, run):
+    data = (folder / "tiny" / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(data[: len(data) // 2])
+    assert_user_error(run("serve.py", *flags(out_dir=tmp_path, port=0)), "ckpt.pt")
 
 
 def test_settings_are_checked_together(run, folder, monkeypatch):
