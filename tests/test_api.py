@@ -2,13 +2,16 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quartz import api
 from quartz.api import ApiError
 from quartz.decoder import Sampling
-from quartz.serving import Failed, Read, Token, Told
+from quartz.serving import Failed, Read, Service, Token, Told
 from quartz.tokenizer import BPETokenizer, CharTokenizer
 
 BYTES = BPETokenizer.of_merges([b"th", b"the", "日".encode()[:2]], "gpt4")  # ids 256, 257, 258; then <|endoftext|>
@@ -176,6 +179,30 @@ def test_the_models_name_is_compared():
 
 def test_unknown_fields_and_those_that_change_nothing_are_ignored():
     assert asked(user="me", whatever=[1], presence_penalty=0, frequency_penalty=0.0, logit_bias={}, suffix="")
+
+
+FIELDS = (
+    "model prompt max_tokens n seed temperature top_p top_k min_p repetition_penalty stop stop_token_ids logprobs echo"
+)
+FIELDS += " stream stream_options best_of suffix logit_bias presence_penalty ignore_eos return_token_ids"
+PLAIN = (
+    st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+)
+VALUES = st.recursive(
+    PLAIN, lambda its: st.lists(its, max_size=4) | st.dictionaries(st.text(max_size=3), its, max_size=2)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS.split()), VALUES, max_size=5), st.sampled_from([{}, {"prompt": "the"}]))
+def test_whatever_is_not_refused_can_be_computed(body, more):
+    service = SimpleNamespace(vocab_size=BYTES.vocab_size, block_size=64, rows=4)
+    try:
+        requests = api.completion(api.read_json(json.dumps({**body, **more}).encode()), SERVED).encode(SERVED)
+    except ApiError as error:
+        assert error.status in (400, 404) and json.dumps(error.body())
+    else:
+        assert requests and [problem for its in requests for problem in Service._problems(service, its)] == []
 
 
 def test_a_chat_is_refused_with_the_reason():
