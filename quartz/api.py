@@ -348,10 +348,10 @@ class _Stream(TextStream):
         return text
 
     def feed(self, i: int) -> str:
-        before, was_done = self.given, self.is_done
+        before = self.given
         text = super().feed(i)
         self.given = before + len(text)
-        return "" if was_done else text
+        return text
 
 
 class Choice:
