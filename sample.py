@@ -54,8 +54,7 @@ def how() -> Sampling:
 
 def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings."""
-    rules = configurator.ranges(globals())
-    rules += [(False, problem) for problem in how().problems()]
+    rules = configurator.ranges(globals()) + [(False, problem) for problem in how().problems()]
     rules += [
         (start != "", "start must hold at least one character"),
         (not prompt_per_line or start.startswith("FILE:"), "prompt_per_line needs start=FILE:…"),
@@ -135,8 +134,7 @@ def show(texts: deque[Text]) -> None:
 def report(text: Text, tokens: tokenizer.Tokenizer) -> str:
     """A line of JSON."""
     pieces = [tokens.token_bytes(i).decode("utf-8", "replace") for i in text.ids]
-    line = {"prompt": text.prompt, "ids": text.ids, "tokens": pieces, "logprobs": text.logprobs}
-    return json.dumps(line) + "\n"
+    return json.dumps({"prompt": text.prompt, "ids": text.ids, "tokens": pieces, "logprobs": text.logprobs}) + "\n"
 
 
 def main() -> None:

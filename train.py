@@ -97,8 +97,7 @@ from quartz.log import Log, start_wandb, tell_beginning
 
 def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings, before anything is loaded."""
-    rules = configurator.ranges(globals())
-    rules += [(False, line) for line in model_config(1).problems()]
+    rules = configurator.ranges(globals()) + [(False, line) for line in model_config(1).problems()]
     rules += [
         (not token_budget or "max_iters" not in _given, "token_budget and max_iters both say how long: give one"),
         (not fsdp or "RANK" in os.environ, "fsdp divides a model among processes: start them with torchrun"),

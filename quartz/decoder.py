@@ -10,7 +10,7 @@ decoders of two rows and more. (One of a single row takes quicker products, whic
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 NUMBERS = 64  # random numbers that are drawn in one go
 CHUNK = 256  # tokens of a prompt that are read in one go
+READ_COST = 32  # tokens that could be read in the time that it takes to begin, which is that of reading the weights
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,21 @@ class Drawn(NamedTuple):
     end: str | None  # "stop" or "length" where this is the row's last token; the row is then free again
 
 
+class Reading:
+    """What a caller does while a prompt of its own is read: nothing, unless it overrides this."""
+
+    see: Callable[[torch.Tensor], None] | None = None  # is given the logits after each token, (n, V) float32 at a time
+
+    def skip(self, cache, row: int, ids: Sequence[int], start: int) -> int:
+        """Called before a chunk is read at `start`: may write what it knows of the ids into the row; returns where, at
+        a chunk's border, reading goes on.
+        """
+        return start
+
+    def has_read(self, cache, row: int, ids: Sequence[int], end: int) -> None:
+        """Called after a chunk was read up to `end`."""
+
+
 @dataclass
 class _Text:
     """What a row that is in use holds beside its keys and values."""
@@ -108,6 +124,7 @@ class _Prompt:
     rows: list[int]
     ids: list[int]
     start: int = 0  # tokens that were read
+    reading: Reading = field(default_factory=Reading)
 
 
 class Decoder:
@@ -151,11 +168,13 @@ class Decoder:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] = (),
+        reading: Reading | None = None,
     ) -> list[int]:
         """Puts a prompt, which is read once, into as many free rows as there are seeds; returns them.
 
-        A row draws with its seed, and ends after max_new_tokens, or with the first of stop_ids that it draws. Raises
-        ValueError for an empty prompt, a setting out of range, a text that is too long, or too few free rows.
+        A row draws with its seed, and ends after max_new_tokens, or with the first of stop_ids that it draws. `reading`
+        is told of the prompt's chunks. Raises ValueError for an empty prompt, a setting out of range, a text that is
+        too long, or too few free rows; then nothing has changed.
         """
         sampling, free = sampling or Sampling(), self.free()
         if problems := sampling.problems():
@@ -166,16 +185,23 @@ class Decoder:
             raise ValueError(f"{len(prompt)} + {max_new_tokens} tokens do not fit in rows of {self.length}")
         if not 0 < len(seeds) <= len(free):
             raise ValueError(f"{len(seeds)} seeds for {len(free)} free rows")
-        rows, prompt = free[: len(seeds)], list(prompt)
-        for row, seed in zip(rows, seeds, strict=True):
+        rows, prompt, texts = free[: len(seeds)], list(prompt), []
+        for seed in seeds:
             seen = None
             if sampling.repetition_penalty != 1:
                 seen = torch.zeros(self.engine.model.config.vocab_size, dtype=torch.bool, device=self.device)
                 seen[prompt] = True
             generator = torch.Generator().manual_seed(seed)
-            self.texts[row] = _Text([*prompt], max_new_tokens, sampling, generator, frozenset(stop_ids), seen)
-        self.prompts.append(_Prompt(rows, prompt[-self.block_size :]))
+            texts.append(_Text([*prompt], max_new_tokens, sampling, generator, frozenset(stop_ids), seen))
+        for row, text in zip(rows, texts, strict=True):
+            self.texts[row] = text
+        self.prompts.append(_Prompt([*rows], prompt[-self.block_size :], reading=reading or Reading()))
         return rows
+
+    def clear(self) -> None:
+        """Ends all texts, wherever they are, and whatever state an error has left them in."""
+        self.texts = [None] * len(self.texts)
+        self.prompts.clear()
 
     def release(self, row: int) -> None:
         """Ends a row's text, wherever it is."""
@@ -189,14 +215,12 @@ class Decoder:
                 self.cache.copy(row, prompt.rows[:1], prompt.start)
 
     def step(self, chunks: int | None = None) -> list[Drawn]:
-        """Reads up to `chunks` chunks of the prompts that wait (None: all of them), then draws the next token of every
-        row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several, in their order;
-        nothing where no row runs, though with `chunks` some may wait.
+        """Reads prompts that wait, as much as takes the time of `chunks` chunks (None: all there is), then draws the
+        next token of every row whose prompt was read. Returns what was drawn: a token a row, or with `ahead` several,
+        in their order; nothing where no row runs, though with `chunks` some may wait.
         """
         self._refill()
-        while self.prompts and chunks != 0:
-            self._read()
-            chunks = chunks and chunks - 1
+        self._read(math.inf if chunks is None else chunks * (self.chunk + READ_COST))
         rows = self._running()
         if not rows:
             return []
@@ -238,13 +262,24 @@ class Decoder:
         numbers, text.numbers = text.numbers[:count], text.numbers[count:]
         return numbers
 
-    def _read(self) -> None:
-        """Reads a chunk of the first prompt that waits."""
-        prompt = self.prompts[0]
-        row, *others = prompt.rows
-        ids = prompt.ids[prompt.start : prompt.start + self.chunk]
-        logits = self.engine.prefill(ids, self.cache, row, prompt.start)
+    def _read(self, left: float) -> None:
+        """Reads chunks of the prompts that wait, one after the other, while `left` tokens are enough."""
+        while self.prompts:
+            prompt = self.prompts[0]
+            prompt.start = prompt.reading.skip(self.cache, prompt.rows[0], prompt.ids, prompt.start)
+            ids = prompt.ids[prompt.start : prompt.start + self.chunk]
+            left -= len(ids) + READ_COST
+            if left < 0:
+                break
+            self._read_chunk(prompt, ids)
+
+    def _read_chunk(self, prompt: _Prompt, ids: list[int]) -> None:
+        """Reads the next ids of a prompt, which is the first of those that wait."""
+        (row, *others), reading = prompt.rows, prompt.reading
+        see = reading.see and (lambda logits: reading.see(logits[:, : self.vocab_size].float()))
+        logits = self.engine.prefill(ids, self.cache, row, prompt.start, see)
         prompt.start += len(ids)
+        reading.has_read(self.cache, row, prompt.ids, prompt.start)
         if prompt.start == len(prompt.ids):
             self.prompts.popleft()
             self.cache.copy(row, others, prompt.start)

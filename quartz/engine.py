@@ -11,7 +11,7 @@ those bits can hold, in float32.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 EIGHT = 8  # rows that are taken at a time by F.linear
 ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product beats its cost of dispatch
 TRIED = (2, 3, 5, 8, 12, 16, 33, 65)  # numbers of rows, to see whether a product minds how many there are
+LOGITS_ROWS = 64  # positions of a prompt whose logits are held at a time, where all are wanted
 VECTOR = 32  # numbers that a kernel takes at a time: two vectors of 512 bits
 
 
@@ -218,6 +219,15 @@ class RowCache:
         for other in others:
             self.lengths[other] = length
 
+    def part(self, row: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of a row's keys and values from one position to another, for `put_back`."""
+        return self.keys[:, :, row, :, start:end].clone(), self.values[:, :, row, :, start:end].clone()
+
+    def put_back(self, row: int, start: int, part: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Writes a part, of any row, where it stood in its text."""
+        for cache, its in zip((self.keys, self.values), part, strict=True):
+            cache[:, :, row, :, start : start + its.size(3)] = its
+
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight (N, K) -> int8 (N, K) and float32 scale (N,): each row's largest magnitude becomes 127."""
@@ -304,12 +314,23 @@ class Engine:
         return RowCache(config, rows, min(length, config.block_size), weight.device, dtype, threads)
 
     @torch.no_grad()
-    def prefill(self, tokens: Sequence[int], cache: RowCache, row: int, start: int = 0) -> torch.Tensor:
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        cache: RowCache,
+        row: int,
+        start: int = 0,
+        see: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """Reads tokens into a row of the cache, behind its first `start`, in place of what it held there. Returns the
         logits of the token that follows, (V,). There may be block_size tokens in all.
+
+        see: is given the logits that follow each of the tokens, in their order, (up to LOGITS_ROWS, V) at a time.
         """
         idx = torch.as_tensor(tokens, device=self.model.lm_head.weight.device)
         x = self.model._hidden(idx[None], cache.open_prefill(row, start, len(idx)), cache)
+        for few in x.split(LOGITS_ROWS, dim=1) if see else ():
+            see(self.model.lm_head(few)[0])
         return self.model.lm_head(x[0, -1:])[0]
 
     @torch.no_grad()

@@ -170,7 +170,7 @@ def test_a_prompt_is_read_once_for_all_of_its_rows(monkeypatch):
     engine, read = Engine(make()), []
     plain = engine.prefill
     monkeypatch.setattr(
-        engine, "prefill", lambda ids, cache, row, start: read.append(row) or plain(ids, cache, row, start)
+        engine, "prefill", lambda ids, cache, row, *rest: read.append(row) or plain(ids, cache, row, *rest)
     )
     decoder = Decoder(engine, 4, 200)
     assert decoder.admit([1, 2], [5, 6, 7], 9) == [0, 1, 2]

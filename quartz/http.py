@@ -1,0 +1,556 @@
+"""HTTP for a service: routes, streams, who may ask, and what becomes of clients that are slow, greedy or gone.
+
+Read it to see what is refused and when a request ends. What a request means stands in quartz/api.py, how it is computed
+in quartz/serving.py; both run beside this event loop, which never computes.
+"""
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import ipaddress
+import json
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import prometheus_client as prometheus
+import uvicorn
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from quartz import api
+from quartz.api import ApiError
+from quartz.errors import UserError, in_words
+from quartz.serving import Closed, Event, Full, Read, Service, Token
+
+MAX_BODY, MAX_HEAD = 2**20, 2**14  # bytes
+SMALL = 2**12  # bytes of a body that the event loop itself looks at
+HEAD_SECONDS, BODY_SECONDS = 10.0, 10.0  # for a request's head to arrive, and for its body
+READER_SECONDS, READER_RATE = 30.0, 1e4  # a reader has this time, and longer for what is large, in bytes/s
+IDLE_SECONDS = 5  # that a connection is kept for the next request
+MAX_CONNECTIONS = 512
+OPEN = ("/health",)  # to those without the key
+STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # of histograms
+STOPPING = "the server is shutting down"
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+def dumps(data: object) -> bytes:
+    """JSON in ASCII, so that no character of it can be cut."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        return content if isinstance(content, bytes) else dumps(content)
+
+
+def refusal(error: ApiError) -> Json:
+    """With what tells clients whether and when to try again."""
+    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}, 504: {"x-should-retry": "false"}}
+    return Json(error.body(), error.status, headers.get(error.status))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who may ask
+
+
+class Gate:
+    """Lets a request in whose host, origin, key and kind of content are right; refuses others before they are read.
+
+    A page from elsewhere can have a browser send requests here, even by a name of its own that leads to this machine.
+    Its name shows as Host, and itself as Origin.
+    """
+
+    def __init__(self, app, key: str, hosts: set[str]):
+        self.app, self.key, self.hosts = app, key, hosts
+
+    async def __call__(self, scope, receive, send) -> None:
+        app = self.app
+        if scope["type"] == "http":
+            try:
+                self.check(scope)
+            except ApiError as error:
+                app = refusal(error)
+        await app(scope, receive, send)
+
+    def check(self, scope: dict) -> None:
+        headers: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+        host, *others = headers.get("host", ["localhost"])  # which HTTP/1.0 may leave out, and no browser does
+        if others or not self.knows(host):
+            raise ApiError(403, "this host is not served here: start the server with --hosts=NAME", code="host")
+        if any(_part(origin, "netloc") != host.lower() for origin in headers.get("origin", [])):
+            raise ApiError(403, "pages from elsewhere may not ask here", code="origin")
+        if self.key and scope["path"] not in OPEN:
+            scheme, _, given = headers.get("authorization", [""])[0].partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.key.encode()):
+                raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":
+            raise ApiError(415, "the content must be application/json", code="content_type")
+
+    def knows(self, authority: str) -> bool:
+        """Whether a Host is one of ours. An address always is: only by a name can a page from elsewhere lead here."""
+        name = _part(f"//{authority}", "hostname")
+        return "*" in self.hosts or name in self.hosts or is_address(name)
+
+
+def _part(url: str, part: str) -> str:
+    """netloc or hostname of a URL, in lower case; empty where it has none."""
+    try:
+        return (getattr(urlsplit(url), part) or "").lower()
+    except ValueError:
+        return ""
+
+
+def is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which ends connections on which a head does not arrive, or what was written is not read, in time."""
+
+    arriving: asyncio.TimerHandle | None = None
+    leaving: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that anything that waits to be read is told of below
+        self.arriving = self.loop.call_later(HEAD_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        is_answered = self.cycle is None or self.cycle.response_complete
+        if not is_answered and self.arriving:  # the body has its own time
+            self.arriving.cancel()
+            self.arriving = None
+        elif is_answered and not self.arriving:
+            self.arriving = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        seconds = READER_SECONDS + self.transport.get_write_buffer_size() / READER_RATE
+        self.leaving = self.loop.call_later(seconds, self.cut)
+
+    def cut(self) -> None:
+        """Ends the connection by a reset: else the system would keep what was written, and try to send it."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.leaving.cancel()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        for timer in filter(None, (self.arriving, self.leaving)):
+            timer.cancel()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Between the computing thread and the event loop
+
+
+class Mailbox:
+    """What the computing thread tells calls: the event loop is woken once for all that has come meanwhile."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop, self.letters, self.is_called = loop, deque(), False
+
+    def put(self, call: "Call", which: int, event: Event) -> None:
+        """In the computing thread."""
+        self.letters.append((call, which, event))
+        if not self.is_called:
+            self.is_called = True
+            self.loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        self.is_called = False
+        while self.letters:
+            call, which, event = self.letters.popleft()
+            call.hear(which, event)
+
+
+class Metrics:
+    """What /metrics tells, by vLLM's names, which dashboards know."""
+
+    def __init__(self, name: str, service: Service):
+        self.name, self.service, self.registry = name, service, prometheus.CollectorRegistry()
+        prometheus.disable_created_metrics()
+        self.registry.register(self)
+        self.finished = self.own(prometheus.Counter, "request_success", "Texts that ended, by why", "finished_reason")
+        told = functools.partial(self.own, prometheus.Histogram, buckets=SECONDS)
+        self.first = told("time_to_first_token_seconds", "From the request to its first token").labels(name)
+        self.between = told("inter_token_latency_seconds", "Between two tokens of a text").labels(name)
+        self.whole = told("e2e_request_latency_seconds", "From the request to the end of its answer").labels(name)
+        self.queue = told("request_queue_time_seconds", "From the request until rows are free").labels(name)
+
+    def own(self, kind: type, name: str, told: str, *labels: str, **settings):
+        return kind(f"vllm:{name}", told, ["model_name", *labels], registry=self.registry, **settings)
+
+    def collect(self):
+        """What the service counts, as prometheus_client asks for it."""
+        counts = self.service.counts()
+        for kind, name, value, told in (
+            (GaugeMetricFamily, "num_requests_running", counts.running, "Texts that are written"),
+            (GaugeMetricFamily, "num_requests_waiting", counts.waiting, "Texts that wait for a row"),
+            (CounterMetricFamily, "prompt_tokens", counts.prompt_tokens, "Tokens of prompts, cached or not"),
+            (CounterMetricFamily, "generation_tokens", counts.generated_tokens, "Tokens that were drawn"),
+            (CounterMetricFamily, "prefix_cache_queries", counts.cache_queries, "Tokens looked for in the cache"),
+            (CounterMetricFamily, "prefix_cache_hits", counts.cache_hits, "Tokens found there"),
+        ):
+            family = kind(f"vllm:{name}", told, labels=["model_name"])
+            family.add_metric([self.name], value)
+            yield family
+
+
+class Call:
+    """A request that is computed: its answer as far as it has come, and what to do when nobody wants it any more."""
+
+    def __init__(self, site: "Site", answer: api.Answer, began: float):
+        self.site, self.answer, self.began = site, answer, began
+        self.changed, self.error, self.tickets = asyncio.Event(), None, []
+        self.times: dict[tuple[int, int], float] = {}  # when a row's newest token came
+
+    def submit(self) -> None:
+        """All of its prompts, or none. Raises ApiError where there is no room."""
+        try:
+            for which, request in enumerate(self.answer.requests):
+                emit = functools.partial(self.site.mailbox.put, self, which)
+                self.tickets.append(self.site.service.submit(request, emit))
+        except (Full, Closed, ValueError) as error:
+            self.cancel()
+            raise no_room(error) from error
+
+    def hear(self, which: int, event: Event) -> None:
+        """Takes an event, in the event loop."""
+        self.measure(which, event)
+        try:
+            if self.answer.take(which, event):
+                self.site.service.cancel(self.tickets[which], event.row)
+        except ApiError as error:
+            self.error = error
+        self.changed.set()
+
+    def measure(self, which: int, event: Event) -> None:
+        metrics, now = self.site.metrics, time.monotonic()
+        if isinstance(event, Read):
+            metrics.queue.observe(event.waited)
+        if isinstance(event, Token):
+            if not self.times:
+                metrics.first.observe(now - self.began)
+            if before := self.times.get((which, event.row)):
+                metrics.between.observe(now - before)
+            self.times[which, event.row] = now
+
+    async def news(self) -> None:
+        """Waits until something has come. Raises ApiError where the request has failed."""
+        await self.changed.wait()
+        self.changed.clear()
+        if self.error:
+            raise self.error
+
+    async def whole(self) -> bytes:
+        """All of the answer, once it is over; what is told of thousands of tokens takes a while to write down."""
+        while not self.answer.is_over():
+            await self.news()
+        size = 0 if self.answer.asked.logprobs is None else MAX_BODY
+        return await self.site.apart(size, lambda: dumps(self.answer.whole()))
+
+    def end(self) -> None:
+        """Whatever has become of it."""
+        otherwise = "error" if self.error else "abort"
+        for choice in self.answer.choices:
+            self.site.metrics.finished.labels(self.site.served.name, choice.end or otherwise).inc()
+        self.site.metrics.whole.observe(time.monotonic() - self.began)
+        self.cancel()
+
+    def cancel(self) -> None:
+        if self.error or not self.answer.is_over():
+            for ticket in self.tickets:
+                self.site.service.cancel(ticket)
+
+
+def no_room(error: Exception) -> ApiError:
+    if isinstance(error, ValueError):
+        return ApiError(400, str(error))
+    return ApiError(503, str(error), code="queue_full" if isinstance(error, Full) else "stopping")
+
+
+class EventStream:
+    """An answer as server-sent events, each as soon as it is known; where the client is slow, several become one."""
+
+    def __init__(self, call: Call):
+        self.call = call
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def say(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": b"data: %b\n\n" % data, "more_body": more})
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+            await self.call.site.unless_gone(self.tell(say), receive)
+        except ApiError as error:
+            await say(dumps(error.body()))
+        except Gone:
+            return
+        finally:
+            self.call.end()
+        await say(b"[DONE]", more=False)
+
+    async def tell(self, say: Callable) -> None:
+        answer = self.call.answer
+        while not answer.is_over():
+            await self.call.news()
+            if chunk := answer.chunk():
+                await say(dumps(chunk))
+        if chunk := answer.last_chunk():
+            await say(dumps(chunk))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The routes
+
+
+@dataclass
+class Site:
+    """What is served. It listens at once, and answers as soon as `load`, which may take its time, has returned.
+
+    key: empty for none; hosts: names by which it is known, beside addresses; seconds: that a request may take in all.
+    """
+
+    load: Callable[[], tuple[api.Served, Service]]
+    key: str
+    hosts: set[str]
+    seconds: float
+    served: api.Served | None = None
+    service: Service | None = None
+    metrics: Metrics | None = None
+    mailbox: Mailbox | None = None
+    failure: BaseException | None = None  # of load
+    stop: Callable[[], None] = lambda: None
+    aside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "texts"))
+
+    def app(self) -> Gate:
+        routes = [
+            Route("/v1/completions", functools.partial(self.complete, api.completion), methods=["POST"]),
+            Route("/v1/chat/completions", functools.partial(self.complete, api.chat), methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+            Route("/tokenize", functools.partial(self.convert, api.tokenize), methods=["POST"]),
+            Route("/detokenize", functools.partial(self.convert, api.detokenize), methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self.tell_metrics, methods=["GET"]),
+        ]
+        handlers = {ApiError: _refuse, HTTPException: _refuse_http, Gone: _leave, ClientDisconnect: _leave, 500: _fail}
+        return Gate(Starlette(routes=routes, exception_handlers=handlers, lifespan=self.live), self.key, self.hosts)
+
+    @contextlib.asynccontextmanager
+    async def live(self, app: Starlette):
+        loop = asyncio.get_running_loop()
+        self.mailbox = Mailbox(loop)
+        threading.Thread(target=self._load, args=(loop,), name="loading", daemon=True).start()
+        yield
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            served, service = self.load()
+            self.metrics = Metrics(served.name, service)
+            self.served, self.service = served, service
+        except BaseException as error:
+            self.failure = error
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self.stop)
+
+    def ready(self) -> api.Served:
+        if self.service is None:
+            raise ApiError(503, "the model is being loaded", code="loading")
+        return self.served
+
+    async def body(self, request: Request) -> bytes:
+        """Raises ApiError for one that is too large, or too slow."""
+        if int(request.headers.get("content-length", 0)) > MAX_BODY:
+            raise ApiError(413, f"the body may have {MAX_BODY} bytes", code="too_large")
+        try:
+            return await asyncio.wait_for(_read(request), BODY_SECONDS)
+        except asyncio.TimeoutError as error:
+            raise ApiError(408, f"the body has not arrived within {BODY_SECONDS:g} s", code="timeout") from error
+
+    async def apart(self, size: int, function: Callable, *arguments):
+        """What the function returns; in a thread of its own where it may take long."""
+        if size <= SMALL:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.aside, function, *arguments)
+
+    async def unless_gone(self, work: Coroutine, receive: Callable):
+        """What `work` returns. Raises Gone as soon as the client leaves, and ApiError where it takes too long or the
+        server ends; the work is cancelled then."""
+        tasks = task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(receive))
+        try:
+            await asyncio.wait(tasks, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # as uvicorn does when time is up
+            raise ApiError(503, STOPPING, code="stopping") from None
+        finally:
+            leaving.cancel()
+            if not task.done():
+                task.cancel()
+        if task.done():
+            return task.result()
+        if leaving.done():
+            raise Gone
+        raise ApiError(504, f"the request has taken more than {self.seconds:g} s", code="timeout")
+
+    async def complete(self, means: Callable[[dict, api.Served], api.Asked], request: Request) -> Json | EventStream:
+        began, served = time.monotonic(), self.ready()
+        data = await self.body(request)
+        call = await self.unless_gone(self.begin(data, means, served, began), request.receive)
+        if call.answer.asked.stream:
+            return EventStream(call)
+        try:
+            return Json(await self.unless_gone(call.whole(), request.receive))
+        finally:
+            call.end()
+
+    async def begin(self, data: bytes, means: Callable, served: api.Served, began: float) -> Call:
+        """Submits what a body asks for, after a look whether there is room, and then at the prompts."""
+        asked = await self.apart(len(data), lambda: means(api.read_json(data), served))
+        try:
+            self.service.check_room(asked.choices())
+        except (Full, Closed) as error:
+            raise no_room(error) from error
+        call = Call(self, await self.apart(len(data), lambda: api.Answer(asked, asked.encode(served), served)), began)
+        call.submit()
+        return call
+
+    async def convert(self, function: Callable, request: Request) -> Json:
+        served, data = self.ready(), await self.body(request)
+        work = self.apart(len(data), lambda: dumps(function(api.read_json(data), served)))
+        return Json(await self.unless_gone(work, request.receive))
+
+    async def models(self, request: Request) -> Json:
+        return Json({"object": "list", "data": [api.model(self.ready())]})
+
+    async def model(self, request: Request) -> Json:
+        served, name = self.ready(), request.path_params["name"]
+        if name != served.name:
+            raise api.not_found(name, served)
+        return Json(api.model(served))
+
+    async def tokenizer_info(self, request: Request) -> Json:
+        return Json(api.tokenizer_info(self.ready()))
+
+    async def health(self, request: Request) -> Json:
+        self.ready()
+        return Json({"status": "ok"})
+
+    async def tell_metrics(self, request: Request) -> Response:
+        self.ready()
+        return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+async def _read(request: Request) -> bytes:
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BODY:
+            raise ApiError(413, f"the body may have {MAX_BODY} bytes", code="too_large")
+    return bytes(data)
+
+
+async def _leaving(receive: Callable) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refuse(request: Request, error: ApiError) -> Json:
+    return refusal(error)
+
+
+async def _refuse_http(request: Request, error: HTTPException) -> Json:
+    return refusal(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"[:200]))
+
+
+async def _leave(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # which nobody reads
+
+
+async def _fail(request: Request, error: Exception) -> Json:
+    return refusal(ApiError(500, "the server has failed; its log tells why"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at that address. Raises UserError where there is none to be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = min(found, key=lambda its: its[0] != socket.AF_INET)  # as clients try it first
+        return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+    except OSError as error:
+        raise UserError(f"host={host} port={port} can't be had: {in_words(error)}") from error
+
+
+def address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(site: Site, sock: socket.socket, drain_seconds: float) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes within drain_seconds what was begun. Raises what loading raised."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            site.app(),
+            http=Protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="on",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            h11_max_incomplete_event_size=MAX_HEAD,
+            timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=drain_seconds,
+        )
+    )
+    site.stop = lambda: setattr(server, "should_exit", True)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at the end, which is no failure
+    try:
+        server.run(sockets=[sock])
+    finally:
+        if site.service is not None:
+            site.service.close()
+        elif site.failure is None:  # a thread that loads can't be ended, and would not survive the interpreter's end
+            os._exit(0)
+    if site.failure is not None:
+        raise site.failure
