@@ -128,6 +128,18 @@ HOW = {
     'llama-cli -m out-mine/model-q8_0.gguf -p "Once upon a time" -n 200 -no-cnv': (
         Told("test_docs.test_the_programs_of_the_pages_run, of llama.cpp as a library")
     ),
+    # docs/serving.md
+    'pip install -e ".[serve]"': INSTALL,
+    "python serve.py --out_dir=out-shakespeare-char": Told("test_serve.test_a_stream_comes_to_the_answer"),
+    'curl localhost:8000/v1/completions -H "Content-Type: application/json" -d \'{"prompt": "ROMEO:", "max_tokens":'
+    ' 100, "temperature": 0.8, "top_k": 200, "seed": 1337}\'': Told("test_serve.test_row_k_draws_with_seed_plus_k"),
+    "lm_eval run --model local-completions --batch_size 8 --tasks … --model_args model=out-mine,base_url="
+    "http://127.0.0.1:8000/v1/completions,tokenizer=out-mine/hf,num_concurrent=4,max_length=512": (
+        Told("test_serve.test_an_evaluation_gets_a_number_for_each_token_of_each_prompt")
+    ),
+    "QUARTZGPT_API_KEY=$(openssl rand -hex 24) python serve.py --host=0.0.0.0": (
+        Told("test_serve.test_every_route_but_health_wants_the_key")
+    ),
     # docs/training.md
     "python train.py config/fast_shakespeare_char_better.py": Tried(SMALL, "out-fast-shakespeare-char-better/ckpt.pt"),
     "python train.py config/fast_shakespeare_char_best.py": Tried(SMALL, "out-fast-shakespeare-char-best/ckpt.pt"),
@@ -201,7 +213,7 @@ def test_commands_are_found_wherever_they_may_stand():
         text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
         assert not re.search(r"^(    |\t| *\$ )", text, re.M), f"{page.name}: fence its commands as sh"
         blocks = re.findall(r"^```(\S*)\n.*?^```", page.read_text(encoding="utf-8"), re.S | re.M)
-        assert {*blocks} <= {"sh", "bash", "console", "python"}, page.name
+        assert {*blocks} <= {"sh", "bash", "console", "python", "ini"}, page.name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,7 +229,7 @@ def settings_of(script: str) -> set[str]:
     return {*re.findall(r'add_argument\("--(\w+)"', text)} | settings_of("train.py")
 
 
-VERBS = ("train.py", "sample.py", "eval.py", "export.py", "bench.py", "plot.py")
+VERBS = ("train.py", "sample.py", "eval.py", "export.py", "bench.py", "plot.py", "serve.py")
 SCRIPTS = (*VERBS, *(f"data/{path.parent.name}/prepare.py" for path in (ROOT / "data").glob("*/prepare.py")))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

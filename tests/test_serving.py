@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decode import CPU, QWEN3, has_compiler, make
+from test_compiled import CPU, QWEN3, has_compiler, make
 
 from quartz import compiled
 from quartz.decoder import Sampling, complete
