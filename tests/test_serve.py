@@ -366,6 +366,17 @@ def test_errors_are_those_that_clients_know(server):
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_an_answer_waits_for_no_acknowledgement(server):
+    """Which the other end may hold back for 40 ms, where head and body are sent apart."""
+
+    def seconds() -> float:
+        began = time.monotonic()
+        assert server.http.get("/health").status_code == 200
+        return time.monotonic() - began
+
+    assert min(seconds() for _ in range(10)) < 0.03
+
+
 def test_metrics_count_what_was_done(server):
     names = ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "prefix_cache_queries_total")
     histograms = ("time_to_first_token", "e2e_request_latency", "request_queue_time", "inter_token_latency")
