@@ -7,7 +7,7 @@ import torch
 from test_compiled import CPU, QWEN3, full_forward, has_compiler, make
 
 from quartz import compiled
-from quartz.decoder import Decoder, Drawn, Sampling, complete, draw
+from quartz.decoder import READ_COST, Decoder, Drawn, Reading, Sampling, complete, draw
 from quartz.engine import Engine
 
 PROMPTS = [[1, 2, 3], [4], [5] * 40, [7, 8] * 9, [3]]  # of which one is longer than block_size, 32
@@ -35,8 +35,8 @@ def are_equal(one: list[tuple[int, torch.Tensor]], other: list[tuple[int, torch.
     )
 
 
-def alone(engine, rows: int, prompt: list[int], seed: int, sampling: Sampling, count: int) -> list:
-    decoder = Decoder(engine, rows, 200, chunk=5)
+def alone(engine, rows: int, prompt: list[int], seed: int, sampling: Sampling, count: int, chunk: int = 5) -> list:
+    decoder = Decoder(engine, rows, 200, chunk=chunk)
     (row,) = decoder.admit(prompt, [seed], count, sampling)
     return finish(decoder)[row]
 
@@ -178,6 +178,35 @@ def test_a_prompt_is_read_once_for_all_of_its_rows(monkeypatch):
     assert read == [0]
     for row, seed in enumerate((5, 6, 7)):
         assert are_equal(found[row], alone(engine, 2, [1, 2], seed, Sampling(), 9))
+
+
+def test_a_chunks_time_is_enough_for_several_short_prompts():
+    """Each costs its tokens, and the weights that are read for it."""
+    engine = Engine(make())
+    decoder, ids = Decoder(engine, 10, 200), list(range(8))
+    for seed in range(10):
+        decoder.admit([*ids, seed], [seed], 3, SAMPLINGS[0])
+    fit = (256 + READ_COST) // (9 + READ_COST)
+    found: dict[int, list] = {}
+    note(found, decoder.step(chunks=1))
+    assert sorted(found) == list(range(fit)) and 1 < fit < 10
+    finish(decoder, found)
+    for seed in range(10):
+        assert are_equal(found[seed], alone(engine, 2, [*ids, seed], seed, SAMPLINGS[0], 3, chunk=256))
+
+
+def test_all_logits_of_a_prompt_are_those_of_the_full_forward_pass():
+    """Of each token, a few at a time, without ids that are beyond the vocabulary."""
+    model, ids, seen = make(**QWEN3, block_size=200), [(5 * n + n * n) % 61 for n in range(150)], []
+    reading = Reading()
+    reading.see = seen.append
+    decoder = Decoder(Engine(model), 2, 200, vocab_size=50, chunk=100)
+    decoder.admit(ids, [0], 1, reading=reading)
+    decoder.step()
+    assert [len(few) for few in seen] == [64, 36, 50]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]), torch.tensor([ids]))[0][0, :, :50]
+    torch.testing.assert_close(torch.cat(seen), expected, atol=2e-4, rtol=0)
 
 
 def test_the_row_that_reads_for_others_may_be_released():

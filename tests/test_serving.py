@@ -1,6 +1,8 @@
 """The computing side of a server: what a request is told, whatever runs beside it, and how requests come and go."""
 
+import ctypes
 import dataclasses
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from test_compiled import CPU, QWEN3, has_compiler, make
 from quartz import compiled
 from quartz.decoder import Sampling, complete
 from quartz.engine import Engine
-from quartz.serving import Closed, Failed, Full, PrefixCache, Read, Request, Service, Token, tell
+from quartz.serving import Closed, Failed, Full, PrefixCache, Read, Request, Service, Token, give_back_threads, tell
 
 CHUNK = 5
 GREEDY = Sampling(temperature=0)
@@ -454,6 +456,28 @@ def test_an_idle_service_does_nothing(serve):
     before = switches()
     time.sleep(0.5)
     assert switches() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this system has no /proc")
+def test_the_threads_of_who_starts_it_are_given_back(serve):
+    """They would not let the computing thread's ones spin."""
+    engine, before = Engine(make()), torch.get_num_threads()
+    tasks = Path("/proc/self/task")
+    torch.set_num_threads(2)
+    try:
+        give_back_threads()
+        without = len([*tasks.iterdir()])
+        torch.randn(2000, 2000).exp()
+        if len([*tasks.iterdir()]) == without or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+            pytest.skip("this system's torch computes with other threads")
+        give_back_threads()
+        assert len([*tasks.iterdir()]) == without
+        assert torch.randn(2000, 2000).exp().isfinite().all()  # they come again when they are needed
+        service = serve(engine)
+        assert len([*tasks.iterdir()]) <= without + 2  # the computing thread and its one
+        assert Client(service, Request([1], [0], 5)).wait()
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
