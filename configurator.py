@@ -104,7 +104,8 @@ def _configure(scope: dict, argv: list[str]) -> set[str]:
     scope.update({name: now[name] for name in given})
     if os.environ.get("RANK", "0") == "0":
         for name in sorted(given):
-            print(f"Overriding: {name} = {scope[name]!r}", file=sys.stderr)  # standard output is for results
+            shown = "(not shown)" if name.endswith("_key") else repr(scope[name])  # a secret
+            print(f"Overriding: {name} = {shown}", file=sys.stderr)  # standard output is for results
     return given
 
 

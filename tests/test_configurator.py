@@ -26,6 +26,14 @@ def configure(capsys, tmp_path, monkeypatch):
     return configure
 
 
+def test_a_key_is_not_shown(capsys):
+    scope = {"api_key": "", "host": ""}
+    configurator.configure(scope, ["--api_key=secret", "--host=h"])
+    assert scope["api_key"] == "secret" and capsys.readouterr().err == (
+        "Overriding: api_key = (not shown)\nOverriding: host = 'h'\n"
+    )
+
+
 def test_arguments_and_files_apply_from_left_to_right(configure, tmp_path):
     (tmp_path / "c.py").write_text("import time\n_half = 6\nsize = _half * 2\nname = 'from file'\nrate = 0.1\n")
     scope, given = configure("--size=1", "c.py", "--name=x=y")
