@@ -14,7 +14,19 @@ from test_compiled import CPU, QWEN3, has_compiler, make
 from quartz import compiled
 from quartz.decoder import Sampling, complete
 from quartz.engine import Engine
-from quartz.serving import Closed, Failed, Full, PrefixCache, Read, Request, Service, Token, give_back_threads, tell
+from quartz.serving import (
+    Closed,
+    Counts,
+    Failed,
+    Full,
+    PrefixCache,
+    Read,
+    Request,
+    Service,
+    Token,
+    give_back_threads,
+    tell,
+)
 
 CHUNK = 5
 GREEDY = Sampling(temperature=0)
@@ -164,20 +176,19 @@ def test_log_probabilities_are_those_of_the_full_forward_pass(serve, changes, ch
     """Of the prompt with echo, and of what follows, to the last token that fits."""
     model = make(**changes, block_size=200)
     prompt = [(7 * n + n * n) % 61 for n in range(190)]
-    client = Client(serve(Engine(model), chunk=chunk), Request(prompt, [3], 10, Sampling(), logprobs=4, echo=True))
-    (read, *tokens) = client.wait().events
-    told, ids = [*read.prompt, *(event.told for event in tokens)], [*prompt, *client.ids()]
-    assert [its.token for its in told] == ids and len(read.prompt) == len(prompt)
-    assert told[0].logprob is None and told[0].top == []
-    with torch.no_grad():
-        idx = torch.tensor([ids])
-        expected = model(idx, idx)[0][0].log_softmax(-1)
-    for n, its in enumerate(told[1:]):
-        assert its.logprob == pytest.approx(expected[n, its.token].item(), abs=1e-4)
-        values = [value for _, value in its.top]
-        torch.testing.assert_close(torch.tensor(values), expected[n].topk(4).values, atol=1e-4, rtol=0)
-        assert values == sorted(values, reverse=True)
-        torch.testing.assert_close(expected[n, [i for i, _ in its.top]], torch.tensor(values), atol=1e-4, rtol=0)
+    service = serve(Engine(model), chunk=chunk)
+    (read, *tokens) = Client(service, Request(prompt, [3, 4], 10, Sampling(), logprobs=4, echo=True)).wait().events
+    assert [its.token for its in read.prompt] == prompt and read.prompt[0].logprob is None and read.prompt[0].top == []
+    for row in range(2):
+        told = [*read.prompt, *(event.told for event in tokens if event.row == row)]
+        idx = torch.tensor([[its.token for its in told]])
+        with torch.no_grad():
+            expected = model(idx, idx)[0][0].log_softmax(-1)
+        for n, its in enumerate(told[1:]):
+            ids, values = [i for i, _ in its.top], torch.tensor([value for _, value in its.top])
+            assert its.logprob == pytest.approx(expected[n, its.token].item(), abs=1e-4)
+            torch.testing.assert_close(values, expected[n].topk(4).values, atol=1e-4, rtol=0)
+            torch.testing.assert_close(values, expected[n, ids], atol=1e-4, rtol=0)
 
 
 def test_the_likeliest_token_has_one_number(serve):
@@ -357,11 +368,17 @@ def test_a_service_without_a_queue_takes_a_request_when_a_text_has_ended(serve):
 def test_a_service_that_drains_finishes_what_it_took(serve, monkeypatch):
     engine = Engine(make())
     service, gate = serve(engine, rows=2), Gate(engine, monkeypatch)
-    clients = [Client(service, Request([1], [0, 1], 9)) for _ in range(2)]
+    clients = [Client(service, Request([1], [0, 1], 9))]
     gate.await_step()
+    clients += [Client(service, Request([1], [0, 1], 9))]
     assert not service.drain(0.01)
     with pytest.raises(Closed):
         Client(service, Request([1], [0], 3))
+    gate.let(9)  # all of the first, and one of the last, behind which nothing waits
+    for _ in range(9):
+        gate.await_step()
+    assert service.counts() == Counts(2, 0, 2, 22, 2, 0, 0, 11)
+    assert not service.drain(0.01)
     gate.let(100)
     assert service.drain(60) and all(client.over.is_set() and len(client.events) == 19 for client in clients)
 
