@@ -193,6 +193,7 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
     with contextlib.redirect_stdout(sys.stderr):
         peer = peer_model(place).eval()
     kept = machine.pick_dtype(dtype, place)
+    weights = model.get_num_params()
     in_int8, steps = quantize == "int8", 10**9  # compiled, whatever that costs
     engine = compiled.prepare(model, place, kept, in_int8, batch_size, steps, compile, gives_up=True)
     prompt = torch.randint(vocab_size, (1, 1), generator=torch.Generator().manual_seed(seed)).to(place)
@@ -218,8 +219,7 @@ def decode_turns(place: torch.device) -> tuple[Callable[[], float], Callable[[],
         return (time.perf_counter() - began) / (batch_size * len(lengths))
 
     ours(), theirs()
-    weights = engine.model.get_num_params() * bytes_kept
-    share = {"weight_bytes": weights, "memory_bytes_per_s": machine.memory_speed(place)}
+    share = {"weight_bytes": weights * bytes_kept, "memory_bytes_per_s": machine.memory_speed(place)}
     return ours, theirs, share
 
 
