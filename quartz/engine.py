@@ -24,7 +24,8 @@ LINEAR = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
 CPU = torch.device("cpu")
 EIGHT = 8  # rows that are taken at a time by F.linear
 ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product beats its cost of dispatch
-TRIED = (2, 3, 5, 8, 12, 16, 33, 65)  # numbers of rows, to see whether a product minds how many there are
+TRIED = (2, 3, 8, 16, 33)  # numbers of rows, to see whether a product minds how many there are
+FOUND: dict[tuple, bool] = {}  # what was seen, by the product's shape
 LOGITS_ROWS = 64  # positions of a prompt whose logits are held at a time, where all are wanted
 VECTOR = 32  # numbers that a kernel takes at a time: two vectors of 512 bits
 
@@ -56,11 +57,14 @@ class SteadyLinear(nn.Linear):
         return self.weight.dtype == torch.float32 and self.in_features * self.out_features < ONEDNN_SIZE
 
     def minds_no_rows(self) -> bool:
-        """Tries it: whether rows have the same bits among few and among many, and wherever they stand."""
-        x = torch.randn(max(TRIED) + 1, self.in_features, generator=torch.Generator().manual_seed(0))
-        together = self.product(x)
-        parts = [part for rows in TRIED for part in (slice(rows), slice(1, rows + 1))]
-        return all(torch.equal(self.product(x[part]), together[part]) for part in parts)
+        """Tries it, once for a shape: whether rows have the same bits among few and among many, wherever they stand."""
+        shape = (self.in_features, self.out_features, self.bias is None, self.packed is None, torch.get_num_threads())
+        if shape not in FOUND:
+            x = torch.randn(max(TRIED) + 1, self.in_features, generator=torch.Generator().manual_seed(0))
+            together = self.product(x)
+            parts = [slice(start, start + rows) for rows in TRIED for start in (0, 1)]
+            FOUND[shape] = all(torch.equal(self.product(x[part]), together[part]) for part in parts)
+        return FOUND[shape]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Of several rows (n, in_features)."""
