@@ -42,15 +42,18 @@ def ours(dtype: str, streams: int, tokens: int):
     import torch
 
     from quartz import compiled
-    from quartz.decoder import Sampling, complete
+    from quartz.decoder import Decoder, Sampling
 
     model = network()
     kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     engine = compiled.prepare(model, torch.device("cpu"), kept, dtype == "int8", streams, 10**9, True, True)
-    idx = torch.randint(SHAPE["vocab_size"], (1, PROMPT)).repeat(streams, 1)
+    prompt = torch.randint(SHAPE["vocab_size"], (PROMPT,)).tolist()
 
     def run():
-        complete(engine, idx.tolist(), tokens, Sampling(temperature=0))
+        decoder = Decoder(engine, streams, PROMPT + tokens)
+        decoder.admit(prompt, range(streams), tokens, Sampling(temperature=0))
+        while decoder.step():
+            pass
         return tokens
 
     return run
