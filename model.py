@@ -543,7 +543,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(dim=-1, keepdim=True)
             else:
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+                token = torch.multinomial(F.softmax((logits - logits.amax(-1, True)) / temperature, dim=-1), 1)
             idx = torch.cat((idx, token), dim=1)
         self.train(training)
         return idx

@@ -54,13 +54,14 @@ def how() -> Sampling:
 
 def check_settings() -> None:
     """Raises one UserError with everything that is wrong in the settings."""
+    overwrites = logprobs and start.startswith("FILE:") and files.is_same(logprobs, start.removeprefix("FILE:"))
     rules = configurator.ranges(globals()) + [(False, problem) for problem in how().problems()]
     rules += [
         (start != "", "start must hold at least one character"),
         (not prompt_per_line or start.startswith("FILE:"), "prompt_per_line needs start=FILE:…"),
         (all(stops()), f"stop={stop!r} holds an empty string"),
         (not logprobs.endswith(".pt"), f"logprobs={logprobs} would overwrite a checkpoint"),
-        (f"FILE:{logprobs}" != start, f"logprobs={logprobs} would overwrite the prompt"),
+        (not overwrites, f"logprobs={logprobs} would overwrite the prompt"),
     ]
     looks = [
         lambda: machine.check_machine(device, dtype),
@@ -142,9 +143,8 @@ def main() -> None:
     place = machine.pick_device(device)
     kept = torch.float32 if dtype == "auto" and place.type == "cpu" else machine.pick_dtype(dtype, place)
     model, tokens = sources.to_sample(init_from, out_dir)
-    prompts = read_prompts()
-    ids = encode(prompts, tokens, model.config.block_size)
-    rows, length = len(prompts) * num_samples, max(map(len, ids)) + max_new_tokens
+    ids = encode(read_prompts(), tokens, model.config.block_size)
+    rows, length = len(ids) * num_samples, max(map(len, ids)) + max_new_tokens
     compiled.check_memory(model.config, rows, length, place, kept)
 
     # Each prompt is read once, for as many rows as it has samples
@@ -152,7 +152,7 @@ def main() -> None:
     ahead = 1 if place.type == "cpu" else GPU_CHUNK
     decoder = Decoder(engine, rows, length, tokens.vocab_size, ahead=ahead, logprobs=bool(logprobs))
     texts: dict[int, Text] = {}
-    for prompt, its_ids in zip(prompts, ids, strict=True):
+    for prompt, its_ids in zip(read_prompts(), ids, strict=True):
         for row in decoder.admit(its_ids, range(seed, seed + num_samples), max_new_tokens, how()):
             texts[row] = Text(prompt, tokenizer.TextStream(tokens, stops()), prompt)
 

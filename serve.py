@@ -102,6 +102,7 @@ def load():
     block_size, its = model.config.block_size, fingerprint(model, place, kept, quantize, compile)
     compiled.check_memory(model.config, max_rows, block_size, place, kept)
     engine = compiled.prepare(model, place, kept, quantize == "int8", max_rows, STEPS, compile, gives_up=True)
+    its += f"-{type(engine).__name__.lower()}-{str(engine.model.lm_head.weight.dtype).removeprefix('torch.')}"
     name = model_name or (Path(out_dir if init_from == "resume" else init_from).resolve().name)
     served = api.Served(name, tokens, block_size, max_rows, max_queue, its, int(time.time()))
     service = serving.Service(engine, max_rows, tokens.vocab_size, max_queue, cache_mb * 2**20)

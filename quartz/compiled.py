@@ -1,8 +1,8 @@
 """Faster engines: a compiled step with weights in fewer bits on CPUs, a CUDA graph on GPUs. `prepare` picks one.
 
 A compiled step is two small packages of machine code, one for a block and one for the head, made by PyTorch's
-ahead-of-time compiler from the model's own code and kept in ~/.cache/quartzgpt for every later run. A text does not
-depend on whether the step is compiled.
+ahead-of-time compiler from the model's own code and kept in ~/.cache/quartzgpt for every later run. Its logits
+agree with those of the uncompiled step but for their last bits.
 """
 
 import copy
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import model as model_module
+import quartz.engine as engine_module
 from model import GPT, CausalSelfAttention, GPTConfig
 from quartz import machine
 from quartz.engine import CPU, Engine, RowCache
@@ -223,7 +224,7 @@ class CompiledStep:
         self.prefill, self.refill = engine.prefill, engine.refill
         self.capacity = self.model.config.block_size + 8  # more than any length: the tracer wants the two told apart
         what = [torch.__version__, self.model.config, rows, engine.kept, torch.get_num_threads(), _cpu()]
-        what += [Path(file).read_bytes() for file in (__file__, model_module.__file__)]
+        what += [Path(file).read_bytes() for file in (__file__, engine_module.__file__, model_module.__file__)]
         key = hashlib.sha256("\n".join(map(repr, what)).encode()).hexdigest()[:16]
         self.paths = [cache_folder() / f"{part}-{key}.pt2" for part in ("block", "head")]
 

@@ -1,9 +1,9 @@
 """An engine: a model's weights, made ready to compute logits with for the rows of a decoder; the model is left alone.
 
 Read it to see what a cache of many texts looks like, and why a text's bits do not depend on the rows beside it.
-compiled.py has the faster engines, with the same four methods: `new_cache`, `prefill`, `step`, and `refresh` for when
-the model's weights have changed. An engine has modules of its own, and its weights lie in the model's memory where they
-are the same, so a model may be sampled from while it trains.
+compiled.py has the faster engines, with the same methods: `new_cache`, `prefill`, `refill`, `step`, and `refresh` for
+when the model's weights have changed. An engine has modules of its own, and its weights lie in the model's memory where
+they are the same, so a model may be sampled from while it trains.
 
 On CPUs arithmetic is in float32 whatever the weights are kept in. One token reads every weight once, so decoding is as
 fast as memory delivers them; but fewer bits are read by a compiled step alone, and here weights have the values that
@@ -11,6 +11,7 @@ those bits can hold, in float32.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import GPT, MLP, CausalSelfAttention, GPTConfig, RMSNorm, rotate
+from quartz import lora
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LINEAR = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
@@ -27,6 +29,7 @@ ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product beats its cost of 
 TRIED = (2, 3, 8, 16, 33)  # numbers of rows, to see whether a product minds how many there are
 FOUND: dict[tuple, bool] = {}  # what was seen, by the product's shape
 LOGITS_ROWS = 64  # positions of a prompt whose logits are held at a time, where all are wanted
+WIDTH = 16  # numbers that lie in memory alike, whatever row they are of
 VECTOR = 32  # numbers that a kernel takes at a time: two vectors of 512 bits
 
 
@@ -183,7 +186,7 @@ class RowCache:
                 cache[:, self.row, :, self.start : self.end] = its[0].unflatten(0, (self.groups, -1))
             if not self.start:
                 return k, v, None
-            k, v = (cache[:, self.row, :, : self.end].flatten(0, 1)[None] for cache in caches)
+            k, v = (placed(cache[:, self.row, :, : self.end].flatten(0, 1)[None]) for cache in caches)
             return k, v, self.mask
         for cache, its in zip(caches, (k, v), strict=True):
             its = its[: len(self.stepped)].view(-1, self.groups, cache.size(2), cache.size(4))  # (n, groups, heads, …)
@@ -203,15 +206,16 @@ class RowCache:
         """
         if self.stepped is None:
             one_by_one = zip(q.to(v.dtype).split(1), k.to(v.dtype).split(1), v.split(1), strict=True)
-            return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True) for qkv in one_by_one])
+            return torch.cat([F.scaled_dot_product_attention(*map(placed, qkv), is_causal=True) for qkv in one_by_one])
         n = len(self.stepped)
         others = q.size(0) - n  # that are nobody's
         q = q[:n].to(v.dtype).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, n, heads, 1, head_dim)
-        if self.is_even and (self.groups == self.threads or self.rows == 1):
+        if self.is_even and (self.groups == self.threads or self.rows == 1) and q.size(-1) % WIDTH == 0:
             y = F.scaled_dot_product_attention(q.flatten(0, 1), k, v).unflatten(0, (self.groups, -1))
         else:
             its = ([t[row :: self.rows, :, : self.lengths[row]] for t in (k, v)] for row in self.stepped)
-            y = torch.stack([F.scaled_dot_product_attention(q[:, i], *kv) for i, kv in enumerate(its)], dim=1)
+            each = ((q[:, n], *kv) for n, kv in enumerate(its))
+            y = torch.stack([F.scaled_dot_product_attention(*map(placed, qkv)) for qkv in each], dim=1)
         y = y.transpose(0, 1).flatten(1, 2)
         return F.pad(y, (0, 0, 0, 0, 0, 0, 0, others)) if others else y
 
@@ -231,6 +235,13 @@ class RowCache:
         """Writes a part, of any row, where it stood in its text."""
         for cache, its in zip((self.keys, self.values), part, strict=True):
             cache[:, :, row, :, start : start + its.size(3)] = its
+
+
+def placed(t: torch.Tensor) -> torch.Tensor:
+    """Queries, keys or values of one text (…, head_dim), for a product whose bits depend on where memory begins: that
+    differs from row to row where head_dim is no multiple of WIDTH.
+    """
+    return t if t.size(-1) % WIDTH == 0 else t.clone()
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,6 +267,8 @@ class Engine:
         quantize: bool = False,
         gives_up: bool = False,
     ):
+        if any(isinstance(module, lora.LoRALinear) for module in model.modules()):
+            raise ValueError("an engine takes a model without adapters beside its weights: merge them (quartz.lora)")
         self.source = None if gives_up else model
         self.is_packed = self.in_eights = False  # whether `pack` was called, and has found small layers alone
         self.model = (model if gives_up else twin(model)).eval().to(place, dtype)
@@ -361,12 +374,16 @@ class Engine:
 
 def install(model: GPT) -> None:
     """Has a model's modules, in place, compute each row with the same bits whatever rows stand beside it."""
-    steady = {nn.Linear: SteadyLinear, nn.Dropout: nn.Identity, RMSNorm: QuickRMSNorm}
-    if model.config.n_hidden % (VECTOR * torch.get_num_threads()):
+    steady = {
+        CausalSelfAttention: RowsAttention,
+        nn.Linear: SteadyLinear,
+        nn.Dropout: nn.Identity,
+        RMSNorm: QuickRMSNorm,
+    }
+    if model.config.n_hidden % (VECTOR * math.lcm(*range(1, torch.get_num_threads() + 1))):  # of any number of shares
         steady[MLP] = SteadyMLP
     for module in model.modules():
-        is_attention = isinstance(module, CausalSelfAttention)
-        module.__class__ = RowsAttention if is_attention else steady.get(type(module), type(module))
+        module.__class__ = next((new for old, new in steady.items() if isinstance(module, old)), type(module))
 
 
 def twin(model: GPT) -> GPT:

@@ -55,7 +55,7 @@ def _problem_of_machine(error: Exception) -> str:
     if not isinstance(error, PermissionError) and (behind is None or behind.errno not in NO_MORE):
         return ""
     what = behind.filename or ("standard output" if behind is error else "a file")  # files.writing names all others
-    return f"{what} can't be written: {in_words(behind)}"
+    return f"{what} can't be {'opened' if isinstance(error, PermissionError) else 'written'}: {in_words(behind)}"
 
 
 def os_error(error: BaseException) -> OSError | None:

@@ -26,6 +26,11 @@ def writing(what: str | Path, kept: str = "") -> Iterator[None]:
         raise UserError(f"{what} can't be written: {why}" + (f"; {kept}" if kept else "")) from error
 
 
+def is_same(one: str, other: str) -> bool:
+    """Whether two paths lead to the same file."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def check_writable(name: str, path: str) -> None:
     """Raises UserError where the file that a setting names can't be written, '' none: to know before the work."""
     if os.path.isdir(path):

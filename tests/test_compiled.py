@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from model import GPT, GPTConfig
-from quartz import checkpoint, compiled
+from quartz import checkpoint, compiled, lora
 from quartz.compiled import CompiledStep, GraphedStep, Slots, pays, prepare
 from quartz.decoder import Decoder, Sampling, complete
 from quartz.engine import Engine, SteadyLinear, quantize_rows
@@ -337,3 +337,12 @@ def test_the_linear_layer_of_a_compiled_step_is_a_linear_layer():
         linear, x = nn.Linear(31, 7), torch.randn(rows, 1, 31)
         packed = compiled.PackedLinear(linear.weight / 2, torch.full((7,), 2.0), linear.bias)
         torch.testing.assert_close(packed(x), linear(x))
+
+
+def test_a_model_with_adapters_beside_its_weights_is_refused():
+    model = make()
+    lora.attach(model, 2, 4.0)
+    with pytest.raises(ValueError, match="merge"):
+        Engine(model)
+    lora.merge(model)
+    assert complete(Engine(model), [[1]], 5) == complete(Engine(make()), [[1]], 5)

@@ -168,7 +168,7 @@ def test_memory_and_disk_that_run_out_are_one_line(capsys):
         MemoryError("x"): "not enough memory",
         RuntimeError("CUDA out of memory"): "not enough memory",
         full: "standard output can't be written: the disk is full (No space left)",
-        denied: "x/y can't be written: Permission denied",
+        denied: "x/y can't be opened: Permission denied",
         hidden: "x/z can't be written: the quota of the disk is used up (Disk quota exceeded)",
         ValueError("I/O error: (os error 30)"): "a file can't be written: the disk is for reading only",
     }

@@ -41,7 +41,14 @@ def alone(engine, rows: int, prompt: list[int], seed: int, sampling: Sampling, c
     return finish(decoder)[row]
 
 
-SHAPES = [{}, QWEN3, {"n_head": 1}, {"n_embd": 36, "n_head": 3}, {"n_embd": 96, "n_head": 4, "vocab_size": 33}]
+SHAPES = [
+    {},
+    QWEN3,
+    {"n_head": 1},
+    {"n_embd": 36, "n_head": 3},
+    {"n_embd": 30, "n_head": 3},
+    {"n_embd": 96, "n_head": 4, "vocab_size": 33},
+]
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
