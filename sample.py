@@ -38,11 +38,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from configurator import UserError
 from quartz import compiled, files, machine, sources, tokenizer
-from quartz.decoder import Decoder, Drawn, Sampling
+from quartz.decoder import NOT_FINITE, Decoder, Drawn, Sampling
 
 GPU_CHUNK = 16  # tokens that a GPU is ahead of what is shown, so that it need not wait
 SEPARATOR = "---------------"
@@ -141,7 +139,7 @@ def report(text: Text, tokens: tokenizer.Tokenizer) -> str:
 def main() -> None:
     check_settings()
     place = machine.pick_device(device)
-    kept = torch.float32 if dtype == "auto" and place.type == "cpu" else machine.pick_dtype(dtype, place)
+    kept = machine.sampling_dtype(dtype, place)
     model, tokens = sources.to_sample(init_from, out_dir)
     ids = encode(read_prompts(), tokens, model.config.block_size)
     rows, length = len(ids) * num_samples, max(map(len, ids)) + max_new_tokens
@@ -161,7 +159,7 @@ def main() -> None:
     show(waiting)
     while found := decoder.step():
         if is_first and not all(drawn.logits.isfinite().all() for drawn in found):
-            raise UserError("the model's logits are not finite: its weights are damaged, or too large for this dtype")
+            raise UserError(NOT_FINITE)
         is_first = False
         for drawn in found:
             text = texts[drawn.row]

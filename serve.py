@@ -97,7 +97,7 @@ def load():
 
     began = time.monotonic()
     place = machine.pick_device(device)
-    kept = torch.float32 if dtype == "auto" and place.type == "cpu" else machine.pick_dtype(dtype, place)
+    kept = machine.sampling_dtype(dtype, place)
     model, tokens = sources.to_sample(init_from, out_dir)
     block_size, its = model.config.block_size, fingerprint(model, place, kept, quantize, compile)
     compiled.check_memory(model.config, max_rows, block_size, place, kept)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 NUMBERS = 64  # random numbers that are drawn in one go
 CHUNK = 256  # tokens of a prompt that are read in one go
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, or too large for this dtype"
 READ_COST = 32  # tokens that could be read in the time that it takes to begin, which is that of reading the weights
 
 
@@ -236,8 +237,8 @@ class Decoder:
 
     def _refill(self) -> None:
         """Drops the older half of each context that is full."""
-        rows = [row for row in self._running() if self.texts[row].logits is None]
-        if rows := [row for row in rows if self.cache.lengths[row] == self.block_size]:
+        is_full = {row for row, length in enumerate(self.cache.lengths) if length == self.block_size}
+        if rows := [row for row in self._running() if row in is_full and self.texts[row].logits is None]:
             kept = [self.texts[row].ids[-max(1, self.block_size // 2) :] for row in rows]
             for row, logits in zip(rows, self.engine.refill(kept, self.cache, rows), strict=True):
                 self.texts[row].logits = logits[: self.vocab_size].float()

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPT, MLP, CausalSelfAttention, GPTConfig, RMSNorm, rotate
+from model import GPT, MLP, CausalSelfAttention, GPTConfig, RMSNorm
 from quartz import lora
+from quartz.kernels import heads_at_once
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LINEAR = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
@@ -115,12 +116,7 @@ class RowsAttention(CausalSelfAttention):
     def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if rope is None:
             return super().heads(qkv, rope)
-        qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)
-        if self.q_norm is not None:
-            weight = torch.cat((self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv, -1)))
-            qk = quick_rms_norm(qk, weight, self.q_norm.eps)
-        q, k = rotate(qk.float(), rope).split((self.n_head, self.n_kv), dim=2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return heads_at_once(self, qkv, rope, quick_rms_norm)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
         return mask.attend(q, k, v) if isinstance(mask, RowCache) else super().attend(q, k, v, mask)

@@ -299,6 +299,10 @@ class Call:
                 self.site.service.cancel(ticket)
 
 
+def too_large() -> ApiError:
+    return ApiError(413, f"the body may have {MAX_BODY} bytes", code="too_large")
+
+
 def no_room(error: Exception) -> ApiError:
     if isinstance(error, ValueError):
         return ApiError(400, str(error))
@@ -399,7 +403,7 @@ class Site:
     async def body(self, request: Request) -> bytes:
         """Raises ApiError for one that is too large, or too slow."""
         if int(request.headers.get("content-length", 0)) > MAX_BODY:
-            raise ApiError(413, f"the body may have {MAX_BODY} bytes", code="too_large")
+            raise too_large()
         try:
             return await asyncio.wait_for(_read(request), BODY_SECONDS)
         except asyncio.TimeoutError as error:
@@ -482,7 +486,7 @@ async def _read(request: Request) -> bytes:
     async for part in request.stream():
         data += part
         if len(data) > MAX_BODY:
-            raise ApiError(413, f"the body may have {MAX_BODY} bytes", code="too_large")
+            raise too_large()
     return bytes(data)
 
 

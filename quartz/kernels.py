@@ -7,6 +7,7 @@ on other devices too; the norm's own backward pass serves on each.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -118,17 +119,24 @@ class TiledAttention(torch.autograd.Function):
         return [(slice(h, h + group), slice(t, t + height), slice(0, min(t + height, T))) for h, t in starts]
 
 
+def heads_at_once(attention: CausalSelfAttention, qkv: torch.Tensor, rope, rms_norm: Callable):
+    """What CausalSelfAttention.heads gives, of a model with rotary positions: queries and keys are normalised, by
+    rms_norm(x, weight, eps) of float32, and rotated in one go.
+    """
+    n_head, n_kv = attention.n_head, attention.n_kv
+    qk, v = qkv.split((n_head + n_kv, n_kv), dim=2)
+    if attention.q_norm is not None:
+        norms = (attention.q_norm.weight.expand(n_head, -1), attention.k_norm.weight.expand(n_kv, -1))
+        qk = rms_norm(qk.float(), torch.cat(norms).float(), attention.q_norm.eps)
+    q, k = rotate(qk.float(), rope).split((n_head, n_kv), dim=2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
 class FastAttention(CausalSelfAttention):
     def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys are normalised and rotated in one go."""
         if rope is None or not trains(self):
             return super().heads(qkv, rope)
-        qk, v = qkv.split((self.n_head + self.n_kv, self.n_kv), dim=2)
-        if self.q_norm is not None:
-            weight = torch.cat((self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv, -1)))
-            qk = RMSNormInTraining.apply(qk.float(), weight.float(), self.q_norm.eps)
-        q, k = rotate(qk.float(), rope).split((self.n_head, self.n_kv), dim=2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return heads_at_once(self, qkv, rope, RMSNormInTraining.apply)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         fits = self.training and mask is None and q.size(2) == k.size(2) <= TILED_ATTENTION

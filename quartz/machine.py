@@ -90,6 +90,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def sampling_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to sample in: as pick_dtype, but float32 on CPUs unless another is asked for."""
+    return torch.float32 if name == "auto" and device.type == "cpu" else pick_dtype(name, device)
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name, of DTYPES; for 'auto' bfloat16 where the device computes in it, else float32."""
     has_bfloat16 = {

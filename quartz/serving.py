@@ -8,7 +8,6 @@ What a request is told depends on itself alone, not on what runs beside it, nor 
 in float32 on a CPU, ids and log-probabilities bit for bit.
 """
 
-import ctypes
 import sys
 import threading
 import time
@@ -19,12 +18,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from quartz.decoder import CHUNK, Decoder, Drawn, Reading, Sampling
+from quartz import threads
+from quartz.decoder import CHUNK, NOT_FINITE, Decoder, Drawn, Reading, Sampling
 from quartz.engine import RowCache
-from quartz.threads import PAUSE_SOFT
 
 SEEDS = range(-(2**63), 2**64)  # what a generator takes
-NOT_FINITE = "the model's logits are not finite: its weights are damaged, or too large for this dtype"
 
 
 @dataclass(frozen=True)
@@ -148,15 +146,6 @@ def size(key: tuple[int, ...], part: tuple[torch.Tensor, torch.Tensor]) -> int:
     return 8 * len(key) + sum(tensor.nbytes for tensor in part)
 
 
-def give_back_threads() -> None:
-    """Ends the OpenMP threads that the calling thread has computed with. libgomp's hardly spin while a program has more
-    of them than there are cores, so a second set, though it sleeps, slows down the thread that computes.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "GOMP_parallel") and not hasattr(library, "kmp_set_blocktime"):  # else not libgomp
-        library.omp_pause_resource_all(PAUSE_SOFT)
-
-
 def tell(logits: torch.Tensor, tokens: Sequence[int], count: int | None) -> list[Told]:
     """What is told of tokens (n,) given the logits (n, V) float32 that each was drawn from."""
     if count is None:
@@ -228,7 +217,7 @@ class Service:
         self.running: dict[int, tuple[Ticket, int]] = {}  # by the decoder's row, the request's
         self.totals = dict.fromkeys(("prompt_tokens", "generated_tokens", "cache_queries", "cache_hits", "steps"), 0)
         self.is_draining = self.is_closed = self.is_idle = False
-        give_back_threads()
+        threads.give_back()
         self.thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="serving", daemon=True)
         self.thread.start()
 
@@ -304,8 +293,8 @@ class Service:
 
     # The computing thread
 
-    def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)  # OpenMP counts them for each thread of Python
+    def _run(self, count: int) -> None:
+        torch.set_num_threads(count)  # OpenMP counts them for each thread of Python
         if self.decoder.device.type == "cuda":
             torch.cuda.set_device(self.decoder.device)
         while self._await_work():

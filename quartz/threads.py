@@ -103,6 +103,19 @@ def waited(tasks: Path = Path("/proc/self/task")) -> float:
     return total / 1e9
 
 
+def _is_libgomp(library: ctypes.CDLL) -> bool:
+    return hasattr(library, "GOMP_parallel") and not hasattr(library, "kmp_set_blocktime")
+
+
+def give_back() -> None:
+    """Ends the OpenMP threads that the calling thread has computed with. libgomp's hardly spin while a program has more
+    of them than there are cores, so a second set, though it sleeps, slows down the thread that computes.
+    """
+    library = ctypes.CDLL(None)
+    if _is_libgomp(library):
+        library.omp_pause_resource_all(PAUSE_SOFT)
+
+
 def _keep_watch() -> None:
     """Lets the OpenMP threads sleep while it sees others at work.
 
@@ -121,7 +134,7 @@ def _keep_watch() -> None:
             library.omp_pause_resource_all(PAUSE_SOFT)
             asleep = False
         elif not asleep and share > BUSY and (threads := _torch_threads()) > 1:
-            if not hasattr(library, "GOMP_parallel") or hasattr(library, "kmp_set_blocktime"):  # not libgomp
+            if not _is_libgomp(library):
                 return
             more = max(2, library.omp_get_num_procs() - threads + 2)  # this thread is one of them
             library.GOMP_parallel(library.omp_get_level, None, more, 0)  # each calls what has no effect

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_compiled import CPU, QWEN3, has_compiler, make
 
-from quartz import compiled
+from quartz import compiled, threads
 from quartz.decoder import Sampling, complete
 from quartz.engine import Engine
 from quartz.serving import (
@@ -24,7 +24,6 @@ from quartz.serving import (
     Request,
     Service,
     Token,
-    give_back_threads,
     tell,
 )
 
@@ -482,12 +481,12 @@ def test_the_threads_of_who_starts_it_are_given_back(serve):
     tasks = Path("/proc/self/task")
     torch.set_num_threads(2)
     try:
-        give_back_threads()
+        threads.give_back()
         without = len([*tasks.iterdir()])
         torch.randn(2000, 2000).exp()
         if len([*tasks.iterdir()]) == without or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
             pytest.skip("this system's torch computes with other threads")
-        give_back_threads()
+        threads.give_back()
         assert len([*tasks.iterdir()]) == without
         assert torch.randn(2000, 2000).exp().isfinite().all()  # they come again when they are needed
         service = serve(engine)
