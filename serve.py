@@ -11,6 +11,7 @@ import configurator
 # Settings
 init_from = "resume"  # resume (a checkpoint in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with those
 out_dir = "out"  # folder of the checkpoint; ignored if init_from is not resume
+watch = False  # True serves each new checkpoint of the run in out_dir as it is written, and shows the run's curves
 model_name = ""  # what clients call the model; empty is the name of its folder
 host = "127.0.0.1"  # where to listen: 127.0.0.1, ::1 or localhost is for this machine's programs alone
 port = 8000  # 0 takes a free one
@@ -25,7 +26,7 @@ cache_mb = 256  # memory for the beginnings of prompts, in MiB; 0 keeps none
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is float32 on CPUs, bfloat16 on GPUs that compute in it
 quantize = ""  # int8 keeps the weights in 8 bits, with a scale for each row (CPUs; faster where the step is compiled)
-compile = True  # on CPUs, with max_rows up to 8: compile the step
+compile = True  # on CPUs, with max_rows up to 8: compile the step; not with watch
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
 
@@ -34,12 +35,15 @@ import ipaddress
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from model import GPT
-from quartz import compiled, extras, machine, sources
+from quartz import compiled, extras, machine, sources, threads
+from quartz.errors import UserError
+from quartz.tokenizer import Tokenizer
 
 STEPS = 10**9  # that a server is to be expected to take
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
@@ -65,12 +69,14 @@ def check_settings() -> None:
             f"host={host} is open to others: set QUARTZGPT_API_KEY to a key, or add --public=True, "
             "and whoever reaches it can use it, and wear the machine out",
         ),
+        (not watch or init_from == "resume", "watch is for the run in out_dir: leave out init_from"),
+        (not watch or os.path.isdir(out_dir), f"watch: there is no folder {out_dir}"),
     ]
     looks = [
         *(lambda package=package: extras.needs(package, "serve.py", "serve") for package in PACKAGES),
         lambda: machine.check_machine(device, dtype),
         lambda: compiled.check_quantize(quantize, device),
-        lambda: sources.check(init_from, out_dir),
+        *([] if watch else [lambda: sources.check(init_from, out_dir)]),
     ]
     configurator.check(rules, looks)
 
@@ -83,25 +89,27 @@ def is_own(name: str) -> bool:
         return False
 
 
-def fingerprint(model: GPT, *settings: object) -> str:
+def fingerprint(model: GPT) -> str:
     """Of what decides about bits: the weights, by a part of each, the settings and torch."""
-    found = hashlib.sha256(repr((model.config, *settings, torch.__version__, torch.get_num_threads())).encode())
+    place = machine.pick_device(device)
+    settings = place, machine.sampling_dtype(dtype, place), quantize, compile and not watch
+    versions = torch.__version__, torch.get_num_threads()
+    found = hashlib.sha256(repr((model.config, *settings, *versions)).encode())
     for weight in model.parameters():
         found.update(weight.detach().flatten()[:1024].float().numpy().tobytes())
     return f"fp_{found.hexdigest()[:16]}"
 
 
-def load():
+def of_model(model: GPT, tokens: Tokenizer, its: str):
     """The model as clients see it, and the service that computes."""
     from quartz import api, serving
 
     began = time.monotonic()
-    place = machine.pick_device(device)
+    place, block_size = machine.pick_device(device), model.config.block_size
     kept = machine.sampling_dtype(dtype, place)
-    model, tokens = sources.to_sample(init_from, out_dir)
-    block_size, its = model.config.block_size, fingerprint(model, place, kept, quantize, compile)
     compiled.check_memory(model.config, max_rows, block_size, place, kept)
-    engine = compiled.prepare(model, place, kept, quantize == "int8", max_rows, STEPS, compile, gives_up=True)
+    compiles = compile and not watch  # which would take longer than a run takes to its next checkpoint
+    engine = compiled.prepare(model, place, kept, quantize == "int8", max_rows, STEPS, compiles, gives_up=True)
     its += f"-{type(engine).__name__.lower()}-{str(engine.model.lm_head.weight.dtype).removeprefix('torch.')}"
     name = model_name or (Path(out_dir if init_from == "resume" else init_from).resolve().name)
     served = api.Served(name, tokens, block_size, max_rows, max_queue, its, int(time.time()))
@@ -110,14 +118,34 @@ def load():
     return served, service
 
 
+def models(run) -> Iterator[tuple]:
+    """What is served: one model, or with `run`, a Watch, one after the other, without end."""
+    if run is None:
+        yield of_model(*(found := sources.to_sample(init_from, out_dir)), fingerprint(found[0]))
+        return
+    before = ""
+    for state in run.states():
+        try:
+            model, tokens = sources.of_state(state)
+            if (its := fingerprint(model)) != before:  # the best and the last may be one and the same
+                yield of_model(model, tokens, its)
+                before = its
+            run.serves(state)
+        except UserError as error:
+            run.fail(error)
+        threads.give_back()
+
+
 def main() -> None:
     check_settings()
     from quartz import http
+    from quartz.watch import Watch
 
     names = {"localhost", host.lower(), *filter(None, (name.strip().lower() for name in hosts.split(",")))}
     sock = http.listen(host, port)
     print(http.address(sock), flush=True)
-    http.run(http.Site(load, key(), names, max_seconds), sock, drain_seconds)
+    run = Watch(out_dir) if watch else None
+    http.run(http.Site(models(run), key(), names, max_seconds, run), sock, drain_seconds)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ class Asked:
     stream: bool
     include_usage: bool
     token_ids: bool
+    ids_as_tokens: bool
 
     def choices(self) -> int:
         return len(self.prompts) * len(self.seeds)
@@ -243,6 +244,7 @@ def completion(body: dict, served: Served) -> Asked:
         stream=stream,
         include_usage=_include_usage(body, stream),
         token_ids=_flag(body, "return_token_ids"),
+        ids_as_tokens=_flag(body, "return_tokens_as_token_ids"),
     )
 
 
@@ -404,18 +406,21 @@ class Choice:
         """Of the new tokens. Where two of the likeliest are spelled alike, the likelier counts."""
         told = [its for _, its in self.told]
         return {
-            "tokens": [self.served.spellings[its.token] for its in told],
+            "tokens": [self.spell(its.token) for its in told],
             "token_logprobs": [_finite(its.logprob) for its in told],
             "top_logprobs": [self.top(its) for its in told],
             "text_offset": [offset for offset, _ in self.told],
         }
+
+    def spell(self, i: int) -> str:
+        return f"token_id:{i}" if self.asked.ids_as_tokens else self.served.spellings[i]
 
     def top(self, told: Told) -> dict[str, float] | None:
         if told.logprob is None:
             return None
         found: dict[str, float] = {}
         for i, logprob in [*told.top, (told.token, told.logprob)]:
-            name = self.served.spellings[i]
+            name = self.spell(i)
             found[name] = max(_finite(logprob), found.get(name, LEAST_LOGPROB))
         return found
 
@@ -523,6 +528,13 @@ def detokenize(body: dict, served: Served) -> dict:
         raise ApiError(400, "tokens is missing, the ids to be decoded", "tokens")
     text = served.tokens.decode(_ids(ids, "tokens", served))
     return {"prompt": text, "content": text}
+
+
+def vocabulary(served: Served) -> dict:
+    """What each id stands for: a text, or its bytes where these are no whole characters."""
+    data = [served.tokens.token_bytes(i) for i in range(served.tokens.vocab_size)]
+    texts = [its.decode(errors="ignore") for its in data]
+    return {"tokens": [text if text.encode() == its else [*its] for text, its in zip(texts, data, strict=True)]}
 
 
 def tokenizer_info(served: Served) -> dict:

@@ -5,21 +5,26 @@ in quartz/serving.py; both run beside this event loop, which never computes.
 """
 
 import asyncio
+import base64
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import hmac
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import prometheus_client as prometheus
@@ -28,14 +33,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quartz import api
 from quartz.api import ApiError
 from quartz.errors import UserError, in_words
-from quartz.serving import Closed, Event, Full, Read, Service, Token
+from quartz.serving import Closed, Counts, Event, Full, Read, Service, Token
+from quartz.watch import Watch
 
 MAX_BODY, MAX_HEAD = 2**20, 2**14  # bytes
 SMALL = 2**12  # bytes of a body that the event loop itself looks at
@@ -43,7 +49,7 @@ HEAD_SECONDS, BODY_SECONDS = 10.0, 10.0  # for a request's head to arrive, and f
 READER_SECONDS, READER_RATE = 30.0, 1e4  # a reader has this time, and longer for what is large, in bytes/s
 IDLE_SECONDS = 5  # that a connection is kept for the next request
 MAX_CONNECTIONS = 512
-OPEN = ("/health",)  # to those without the key
+OPEN = ("/", "/health")  # to those without the key
 STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # of histograms
 STOPPING = "the server is shutting down"
@@ -202,8 +208,10 @@ class Mailbox:
 class Metrics:
     """What /metrics tells, by vLLM's names, which dashboards know."""
 
-    def __init__(self, name: str, service: Service):
-        self.name, self.service, self.registry = name, service, prometheus.CollectorRegistry()
+    def __init__(self, name: str):
+        self.name, self.registry = name, prometheus.CollectorRegistry()
+        self.services: list[Service] = []  # with --watch, those before that still run too
+        self.past: list[Counts] = [Counts()]  # of those that are over
         prometheus.disable_created_metrics()
         self.registry.register(self)
         self.finished = self.own(prometheus.Counter, "request_success", "Texts that ended, by why", "finished_reason")
@@ -217,8 +225,9 @@ class Metrics:
         return kind(f"vllm:{name}", told, ["model_name", *labels], registry=self.registry, **settings)
 
     def collect(self):
-        """What the service counts, as prometheus_client asks for it."""
-        counts = self.service.counts()
+        """What the services count, as prometheus_client asks for it."""
+        its = [service.counts() for service in self.services] + self.past
+        counts = Counts(*(sum(values) for values in zip(*map(dataclasses.astuple, its), strict=True)))
         for kind, name, value, told in (
             (GaugeMetricFamily, "num_requests_running", counts.running, "Texts that are written"),
             (GaugeMetricFamily, "num_requests_waiting", counts.waiting, "Texts that wait for a row"),
@@ -231,31 +240,36 @@ class Metrics:
             family.add_metric([self.name], value)
             yield family
 
+    def retire(self, service: Service) -> None:
+        """Counts one that is over no more but for what it has done."""
+        self.past.append(dataclasses.replace(service.counts(), running=0, waiting=0, cache_bytes=0))
+        self.services.remove(service)
+
 
 class Call:
     """A request that is computed: its answer as far as it has come, and what to do when nobody wants it any more."""
 
-    def __init__(self, site: "Site", answer: api.Answer, began: float):
-        self.site, self.answer, self.began = site, answer, began
+    def __init__(self, site: "Site", service: Service, answer: api.Answer, began: float):
+        self.site, self.service, self.answer, self.began = site, service, answer, began
         self.changed, self.error, self.tickets = asyncio.Event(), None, []
         self.times: dict[tuple[int, int], float] = {}  # when a row's newest token came
 
     def submit(self) -> None:
-        """All of its prompts, or none. Raises ApiError where there is no room."""
+        """All of its prompts, or none. Raises what Service.submit does."""
         try:
             for which, request in enumerate(self.answer.requests):
                 emit = functools.partial(self.site.mailbox.put, self, which)
-                self.tickets.append(self.site.service.submit(request, emit))
-        except (Full, Closed, ValueError) as error:
+                self.tickets.append(self.service.submit(request, emit))
+        except (Full, Closed, ValueError):
             self.cancel()
-            raise no_room(error) from error
+            raise
 
     def hear(self, which: int, event: Event) -> None:
         """Takes an event, in the event loop."""
         self.measure(which, event)
         try:
             if self.answer.take(which, event):
-                self.site.service.cancel(self.tickets[which], event.row)
+                self.service.cancel(self.tickets[which], event.row)
         except ApiError as error:
             self.error = error
         self.changed.set()
@@ -289,14 +303,14 @@ class Call:
         """Whatever has become of it."""
         otherwise = "error" if self.error else "abort"
         for choice in self.answer.choices:
-            self.site.metrics.finished.labels(self.site.served.name, choice.end or otherwise).inc()
+            self.site.metrics.finished.labels(self.site.metrics.name, choice.end or otherwise).inc()
         self.site.metrics.whole.observe(time.monotonic() - self.began)
         self.cancel()
 
     def cancel(self) -> None:
         if self.error or not self.answer.is_over():
             for ticket in self.tickets:
-                self.site.service.cancel(ticket)
+                self.service.cancel(ticket)
 
 
 def too_large() -> ApiError:
@@ -346,20 +360,22 @@ class EventStream:
 
 @dataclass
 class Site:
-    """What is served. It listens at once, and answers as soon as `load`, which may take its time, has returned.
+    """What is served. It listens at once, and answers as soon as the first of `offers` is there, which may take time.
 
-    key: empty for none; hosts: names by which it is known, beside addresses; seconds: that a request may take in all.
+    offers: each takes the place of the one before, which ends what it has begun. key: empty for none; hosts: names by
+    which it is known, beside addresses; seconds: that a request may take in all; watch: the run that is watched.
     """
 
-    load: Callable[[], tuple[api.Served, Service]]
+    offers: Iterator[tuple[api.Served, Service]]
     key: str
     hosts: set[str]
     seconds: float
-    served: api.Served | None = None
-    service: Service | None = None
+    watch: Watch | None = None
+    now: tuple[api.Served, Service] | None = None
     metrics: Metrics | None = None
     mailbox: Mailbox | None = None
-    failure: BaseException | None = None  # of load
+    is_loading: bool = True
+    failure: BaseException | None = None  # of a model
     stop: Callable[[], None] = lambda: None
     aside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "texts"))
 
@@ -372,6 +388,9 @@ class Site:
             Route("/tokenize", functools.partial(self.convert, api.tokenize), methods=["POST"]),
             Route("/detokenize", functools.partial(self.convert, api.detokenize), methods=["POST"]),
             Route("/tokenizer_info", self.tokenizer_info, methods=["GET"]),
+            Route("/vocabulary", self.vocabulary, methods=["GET"]),
+            Route("/run", self.run, methods=["GET"]),
+            Route("/", page(), methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.tell_metrics, methods=["GET"]),
         ]
@@ -387,18 +406,31 @@ class Site:
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            served, service = self.load()
-            self.metrics = Metrics(served.name, service)
-            self.served, self.service = served, service
+            for served, service in self.offers:
+                self._take(served, service)
+            self.is_loading = False
         except BaseException as error:
-            self.failure = error
+            self.failure, self.is_loading = error, False
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(self.stop)
 
-    def ready(self) -> api.Served:
-        if self.service is None:
+    def _take(self, served: api.Served, service: Service) -> None:
+        """Serves it from now on, and ends the one before once all is over that it was asked for."""
+        self.metrics = self.metrics or Metrics(served.name)
+        self.metrics.services.append(service)
+        before, self.now = self.now, (served, service)
+        if before:
+            before[1].drain(self.seconds)
+            before[1].close()
+            self.metrics.retire(before[1])
+
+    def ready(self) -> tuple[api.Served, Service]:
+        if self.now is None:
             raise ApiError(503, "the model is being loaded", code="loading")
-        return self.served
+        return self.now
+
+    def served(self) -> api.Served:
+        return self.ready()[0]
 
     async def body(self, request: Request) -> bytes:
         """Raises ApiError for one that is too large, or too slow."""
@@ -434,9 +466,10 @@ class Site:
         raise ApiError(504, f"the request has taken more than {self.seconds:g} s", code="timeout")
 
     async def complete(self, means: Callable[[dict, api.Served], api.Asked], request: Request) -> Json | EventStream:
-        began, served = time.monotonic(), self.ready()
+        began = time.monotonic()
+        self.ready()
         data = await self.body(request)
-        call = await self.unless_gone(self.begin(data, means, served, began), request.receive)
+        call = await self.unless_gone(self.begin(data, means, began), request.receive)
         if call.answer.asked.stream:
             return EventStream(call)
         try:
@@ -444,33 +477,48 @@ class Site:
         finally:
             call.end()
 
-    async def begin(self, data: bytes, means: Callable, served: api.Served, began: float) -> Call:
+    async def begin(self, data: bytes, means: Callable, began: float) -> Call:
         """Submits what a body asks for, after a look whether there is room, and then at the prompts."""
+        served, service = now = self.ready()
         asked = await self.apart(len(data), lambda: means(api.read_json(data), served))
         try:
-            self.service.check_room(asked.choices())
-        except (Full, Closed) as error:
+            service.check_room(asked.choices())
+            answer = await self.apart(len(data), lambda: api.Answer(asked, asked.encode(served), served))
+            call = Call(self, service, answer, began)
+            call.submit()
+        except Closed as error:
+            if now is not self.now:  # a newer model has taken its place meanwhile
+                return await self.begin(data, means, began)
             raise no_room(error) from error
-        call = Call(self, await self.apart(len(data), lambda: api.Answer(asked, asked.encode(served), served)), began)
-        call.submit()
+        except (Full, ValueError) as error:
+            raise no_room(error) from error
         return call
 
     async def convert(self, function: Callable, request: Request) -> Json:
-        served, data = self.ready(), await self.body(request)
+        served, data = self.served(), await self.body(request)
         work = self.apart(len(data), lambda: dumps(function(api.read_json(data), served)))
         return Json(await self.unless_gone(work, request.receive))
 
     async def models(self, request: Request) -> Json:
-        return Json({"object": "list", "data": [api.model(self.ready())]})
+        return Json({"object": "list", "data": [api.model(self.served())]})
 
     async def model(self, request: Request) -> Json:
-        served, name = self.ready(), request.path_params["name"]
+        served, name = self.served(), request.path_params["name"]
         if name != served.name:
             raise api.not_found(name, served)
         return Json(api.model(served))
 
     async def tokenizer_info(self, request: Request) -> Json:
-        return Json(api.tokenizer_info(self.ready()))
+        return Json(api.tokenizer_info(self.served()))
+
+    async def vocabulary(self, request: Request) -> Json:
+        return Json(await self.apart(MAX_BODY, lambda served: dumps(api.vocabulary(served)), self.served()))
+
+    async def run(self, request: Request) -> Json:
+        if self.watch is None:
+            raise ApiError(404, "no run is watched here: start the server with --watch=True", code="not_watched")
+        its = {"fingerprint": self.now and self.now[0].fingerprint}
+        return Json(await self.apart(MAX_BODY, lambda: dumps(its | self.watch.told())))
 
     async def health(self, request: Request) -> Json:
         self.ready()
@@ -479,6 +527,28 @@ class Site:
     async def tell_metrics(self, request: Request) -> Response:
         self.ready()
         return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+def page() -> Callable:
+    """What answers with the page, which runs what stands in it, and nothing else."""
+    data = Path(__file__).with_name("page.html").read_bytes()
+    sums = {kind: _sums(data, kind) for kind in ("script", "style")}
+    policy = (
+        f"default-src 'none'; script-src {sums['script']}; style-src {sums['style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+
+    async def answer(request: Request) -> Response:
+        return HTMLResponse(data, headers=headers | {"cache-control": "no-cache"})
+
+    return answer
+
+
+def _sums(page: bytes, kind: str) -> str:
+    """Of each inline script or style, as a Content-Security-Policy names it."""
+    found = re.findall(rf"<{kind}>(.*?)</{kind}>".encode(), page, re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(its).digest()).decode()}'" for its in found)
 
 
 async def _read(request: Request) -> bytes:
@@ -555,9 +625,9 @@ def run(site: Site, sock: socket.socket, drain_seconds: float) -> None:
     try:
         server.run(sockets=[sock])
     finally:
-        if site.service is not None:
-            site.service.close()
-        elif site.failure is None:  # a thread that loads can't be ended, and would not survive the interpreter's end
+        if site.now is not None:
+            site.now[1].close()
+        if site.is_loading:  # a thread that loads can't be ended, and would not survive the interpreter's end
             os._exit(0)
     if site.failure is not None:
         raise site.failure

@@ -85,8 +85,19 @@ def model_and_tokenizer(init_from: str, out_dir: str, adapter: str = "") -> tupl
 def to_sample(init_from: str, out_dir: str) -> tuple[GPT, tokenizer.Tokenizer]:
     """The model, on the CPU, and its tokenizer. Raises UserError as model_and_tokenizer does, or where it has none."""
     model, data, _ = model_and_tokenizer(init_from, out_dir)
+    return _with_tokenizer(model, data, out_dir if init_from == "resume" else init_from)
+
+
+def of_state(state: dict) -> tuple[GPT, tokenizer.Tokenizer]:
+    """As to_sample, of a checkpoint that was loaded."""
+    model, data = build_model(state), _tokenizer_of(state)
+    if data is not None:
+        tokenizer.check_data(data, model.config.vocab_size)
+    return _with_tokenizer(model, data, str(state["path"]))
+
+
+def _with_tokenizer(model: GPT, data: dict | None, name: str) -> tuple[GPT, tokenizer.Tokenizer]:
     if data is None:
-        name = out_dir if init_from == "resume" else init_from
         raise UserError(f"{name} has no tokenizer: put its tokenizer.json there")
     return model, tokenizer.from_data(data)
 
