@@ -241,7 +241,7 @@ class Metrics:
             yield family
 
     def retire(self, service: Service) -> None:
-        """Counts one that is over no more but for what it has done."""
+        """Of one that is over, counts what it has done. In the event loop, as collect, so that sums never fall."""
         self.past.append(dataclasses.replace(service.counts(), running=0, waiting=0, cache_bytes=0))
         self.services.remove(service)
 
@@ -406,23 +406,28 @@ class Site:
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
+            retiring = None
             for served, service in self.offers:
-                self._take(served, service)
+                if retiring:  # so that memory holds one model that goes, one that stays and one that comes, and no more
+                    retiring.join()
+                self.metrics = self.metrics or Metrics(served.name)
+                self.metrics.services.append(service)
+                before, self.now = self.now, (served, service)
+                retiring = before and threading.Thread(target=self._retire, args=(before[1],), daemon=True)
+                if retiring:
+                    retiring.start()
             self.is_loading = False
         except BaseException as error:
             self.failure, self.is_loading = error, False
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(self.stop)
 
-    def _take(self, served: api.Served, service: Service) -> None:
-        """Serves it from now on, and ends the one before once all is over that it was asked for."""
-        self.metrics = self.metrics or Metrics(served.name)
-        self.metrics.services.append(service)
-        before, self.now = self.now, (served, service)
-        if before:
-            before[1].drain(self.seconds)
-            before[1].close()
-            self.metrics.retire(before[1])
+    def _retire(self, service: Service) -> None:
+        """Ends it once all is over that it was asked for."""
+        service.drain(self.seconds)
+        service.close()
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            self.mailbox.loop.call_soon_threadsafe(self.metrics.retire, service)
 
     def ready(self) -> tuple[api.Served, Service]:
         if self.now is None:

@@ -29,16 +29,16 @@ TOKENS = BPETokenizer.of_merges([b"th", b"the", b" a", "日".encode()[:2]], "gpt
 END = TOKENS.specials["<|endoftext|>"]
 
 
-def write_model(folder: Path, block_size: int = 8192) -> None:
+def write_model(folder: Path, block_size: int = 8192, seed: int = 1, iter_num: int = 1) -> None:
     """A checkpoint of random weights in `tiny`, whose context is long enough to be busy for a while."""
-    (folder / "tiny").mkdir()
+    (folder / "tiny").mkdir(parents=True)
     config = GPTConfig(block_size=block_size, vocab_size=TOKENS.vocab_size, n_layer=1, n_head=2, n_embd=32, dropout=0.0)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     network = GPT(config)
     with torch.no_grad():
         network.transformer.wte.weight *= 6  # so that it has preferences
     state = {"model": network.state_dict(), "model_args": dataclasses.asdict(config), "tokenizer": TOKENS.to_data()}
-    checkpoint.save(folder / "tiny" / "ckpt.pt", {**state, "iter_num": 1, "best_val_loss": 1.0, "config": {}})
+    checkpoint.save(folder / "tiny" / "ckpt.pt", {**state, "iter_num": iter_num, "best_val_loss": 1.0, "config": {}})
 
 
 class Server:
