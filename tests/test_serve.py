@@ -259,7 +259,7 @@ def test_metrics_count_what_was_done(server):
     histograms = ("time_to_first_token", "e2e_request_latency", "request_queue_time", "inter_token_latency")
     names += tuple(f"{name}_seconds_count" for name in histograms)
     before = [server.metric(name) for name in names]
-    server.post(prompt=[97, 98, 99], n=2, max_tokens=5)
+    server.post(prompt=[97, 98, 99], n=2, max_tokens=5, ignore_eos=True)
     after = [server.metric(name) for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, 10, 2, 3, 1, 1, 1, 8]
 
