@@ -137,6 +137,7 @@ HOW = {
     "http://127.0.0.1:8000/v1/completions,tokenizer=out-mine/hf,num_concurrent=4,max_length=512": (
         Told("test_serve.test_an_evaluation_gets_a_number_for_each_token_of_each_prompt")
     ),
+    "python serve.py --out_dir=out-mine --watch=True": Told("test_watch.test_a_run_is_served_while_it_trains"),
     "QUARTZGPT_API_KEY=$(openssl rand -hex 24) python serve.py --host=0.0.0.0": (
         Told("test_serve.test_every_route_but_health_wants_the_key")
     ),
