@@ -14,7 +14,7 @@ parallel = -n auto --dist=worksteal
 tests = $(1)/bin/python -m pytest $(parallel) -m "not alone$(2)"$(3) && \
     $(1)/bin/python -m pytest -m "alone$(2)"$(3) $$(grep -l "mark.alone" tests/test_*.py)
 
-.PHONY: install demo test test-slow test-all test-latest test-oldest lock notebooks clean
+.PHONY: install demo test test-slow test-clients test-all test-latest test-oldest lock notebooks clean
 
 install: $(VENV)/installed
 
@@ -33,8 +33,16 @@ $(VENV)/tested: $(VENV)/installed
 	$(call install,$(VENV),locked,-e ".[test]")
 	touch $@
 
+$(VENV)/clients: $(VENV)/tested
+	$(call install,$(VENV),locked,-e ".[clients]")
+	touch $@
+
+# Where there is no npm, its tests are skipped; where it can't install, they fail.
+tests/npm/node_modules/made: tests/npm/package-lock.json
+	! command -v npm >/dev/null || { cd tests/npm && npm ci --silent && touch node_modules/made; } || echo "npm ci has failed"
+
 # llama.cpp is compiled: that takes a C++ compiler, and minutes.
-$(VENV)/all: $(VENV)/tested
+$(VENV)/all: $(VENV)/clients
 	$(call install,$(VENV),locked,llama-cpp-python)
 	touch $@
 
@@ -55,14 +63,18 @@ demo: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(call tests,$(VENV), and not slow)
+	$(call tests,$(VENV), and not slow and not clients)
 
 # What test leaves out: long runs, and more ways to divide the work among processes.
 test-slow: $(VENV)/tested
 	$(BIN)/python -m pytest $(parallel) -m slow
 
+# And those that need other programs, which .ci/run installs on Debian: a browser, node, nginx.
+test-clients: $(VENV)/clients tests/npm/node_modules/made
+	$(BIN)/python -m pytest $(parallel) -m clients
+
 # All of these and the tests that need llama.cpp; a test that is skipped for want of a package or of data fails.
-test-all: $(VENV)/all
+test-all: $(VENV)/all tests/npm/node_modules/made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(call tests,$(VENV),, --complete)
@@ -70,12 +82,12 @@ test-all: $(VENV)/all
 # The two ends of what a user's own `pip install -e .` may find.
 test-oldest: .venv-oldest/tested
 	.venv-oldest/bin/python -m pip list
-	$(call tests,.venv-oldest)
+	$(call tests,.venv-oldest, and not clients)
 
 test-latest: .venv-latest/made
 	.venv-latest/bin/python -m pip install -qq --upgrade --upgrade-strategy=eager pip -e ".[test]"
 	.venv-latest/bin/python -m pip list
-	$(call tests,.venv-latest)
+	$(call tests,.venv-latest, and not clients)
 
 # One lock for all systems and for each Python that pyproject.toml admits. torch's CUDA builds name what they need of CUDA
 # themselves, each its own.
@@ -93,4 +105,4 @@ notebooks: $(VENV)/notebooks
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", ("language_info", "name")}' notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-* out-demo *.egg-info
+	rm -rf .venv .venv-* out-demo *.egg-info tests/npm/node_modules

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,9 @@ TINY = {
 }
 
 
+PROGRAMS = os.environ.get("QUARTZGPT_TEST_PROGRAMS", "").split()  # that are there, as .ci/run knows
+
+
 class Result(NamedTuple):
     code: int
     out: str
@@ -67,11 +71,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def fail_if_skipped_in_vain(report, config):
-    """What a system is cannot be helped. The reason of such a skip begins with "this system"."""
+    """What a system is cannot be helped. The reason of such a skip begins with "this system", and may go on with
+    "has no" and a program, which fails where the program is known to be there."""
     if not config.getoption("complete") or not report.skipped or hasattr(report, "wasxfail"):
         return report
     reason = report.longrepr[2].removeprefix("Skipped: ")
-    if not reason.startswith("this system") and (DATA or "QUARTZGPT_TEST_DATA" not in reason):
+    lacks = reason.removeprefix("this system has no ").partition(" ")[0]
+    if (lacks in PROGRAMS or not reason.startswith("this system")) and (DATA or "QUARTZGPT_TEST_DATA" not in reason):
         report.outcome, report.longrepr = "failed", f"skipped, in a complete run: {reason}"
     return report
 
@@ -84,6 +90,13 @@ def pytest_runtest_makereport(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return fail_if_skipped_in_vain((yield), collector.config)
+
+
+def program(*names: str) -> str:
+    """The path of a program, by the first of its names that there is. Skips where there is none."""
+    path = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin"
+    found = next(filter(None, (shutil.which(name, path=path) for name in names)), None)
+    return found or pytest.skip(f"this system has no {names[0]}")
 
 
 def flags(**settings) -> list[str]:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def bounds() -> dict[str, str]:
     """Each package that pyproject.toml names with an open range, and its lower bound."""
-    named = re.findall(r'"([\w.-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    named = re.findall(r'"([\w.-]+)(?:\[[\w,]+\])?>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     found = dict(named)
     assert {*named} == {*found.items()}, "pyproject.toml gives one package two lower bounds"
     return found

@@ -156,6 +156,9 @@ def test_data(shakespeare):
 
 def test_system():
     pytest.skip("this system has no such thing")
+
+def test_program():
+    pytest.skip("this system has no nginx")
 """
 
 
@@ -180,17 +183,20 @@ def test_threads():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "data", "counts"),
+    ("arguments", "data", "programs", "counts"),
     [
-        ([], "", {"skipped": 4}),
-        (["--complete"], "", {"failed": 1, "errors": 1, "skipped": 2}),
-        (["--complete", "-n1"], "an empty folder", {"failed": 2, "passed": 1, "errors": 2, "skipped": 1}),
+        ([], "", "nginx", {"skipped": 5}),
+        (["--complete"], "", "", {"failed": 1, "errors": 1, "skipped": 3}),
+        (["--complete"], "", "node nginx", {"failed": 2, "errors": 1, "skipped": 2}),
+        (["--complete", "-n1"], "an empty folder", "", {"failed": 2, "passed": 1, "errors": 2, "skipped": 2}),
     ],
 )
-def test_in_a_complete_run_nothing_is_skipped_but_what_the_system_lacks(tmp_path, arguments, data, counts):
-    """The last of these as make runs them, in processes that have a thread each, and of which one dies."""
+def test_in_a_complete_run_nothing_is_skipped_but_what_the_system_lacks(tmp_path, arguments, data, programs, counts):
+    """The last of these as make runs them, in processes that have a thread each, and of which one dies. A program that
+    .ci/run has found is not lacking."""
     (tmp_path / "test_skips.py").write_text(SKIPS + SIDE_BY_SIDE * ("-n1" in arguments))
-    code, lines = pytest_of(tmp_path, *arguments, QUARTZGPT_TEST_DATA=data and str(tmp_path))
+    its = {"QUARTZGPT_TEST_DATA": data and str(tmp_path), "QUARTZGPT_TEST_PROGRAMS": programs}
+    code, lines = pytest_of(tmp_path, *arguments, **its)
     assert bool(code) == ("failed" in counts)
     found = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", lines[-1].split(" in ")[0])}
     assert {word.removesuffix("s") + "s" * (word[:5] == "error"): n for word, n in found.items()} == counts, lines
@@ -206,5 +212,6 @@ def test_make_runs_every_test_with_marks_that_are_known_and_each_once():
     """What the two calls of pytest in `make test-all` leave out is nothing, and neither runs what the other does."""
     makefile = (ROOT / "Makefile").read_text()
     assert re.findall(r'-m "([a-z ]+)\$\(2\)"', makefile) == ["not alone", "alone"]
-    assert "$(call tests,$(VENV), and not slow)" in makefile and "$(call tests,$(VENV),, --complete)" in makefile
-    assert re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.M) == ["slow", "alone"]
+    assert "$(call tests,$(VENV), and not slow and not clients)" in makefile
+    assert "$(call tests,$(VENV),, --complete)" in makefile
+    assert re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.M) == ["slow", "clients", "alone"]
