@@ -138,6 +138,7 @@ def report(text: Text, tokens: tokenizer.Tokenizer) -> str:
 
 def main() -> None:
     check_settings()
+    machine.keep_freed_memory()
     place = machine.pick_device(device)
     kept = machine.sampling_dtype(dtype, place)
     model, tokens = sources.to_sample(init_from, out_dir)

@@ -138,6 +138,7 @@ def models(run) -> Iterator[tuple]:
 
 def main() -> None:
     check_settings()
+    machine.keep_freed_memory()
     from quartz import http
     from quartz.watch import Watch
 

@@ -26,8 +26,9 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 LINEAR = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
 CPU = torch.device("cpu")
 EIGHT = 8  # rows that are taken at a time by F.linear
+LEAST = 4  # rows that oneDNN's product reads packed weights at full speed for; fewer take a third longer
 ONEDNN_SIZE = 2**18  # weights from which on oneDNN's product beats its cost of dispatch
-TRIED = (2, 3, 8, 16, 33)  # numbers of rows, to see whether a product minds how many there are
+TRIED = (2, 3, LEAST, 8, 16, 33)  # numbers of rows, to see whether a product minds how many there are
 FOUND: dict[tuple, bool] = {}  # what was seen, by the product's shape
 LOGITS_ROWS = 64  # positions of a prompt whose logits are held at a time, where all are wanted
 WIDTH = 16  # numbers that lie in memory alike, whatever row they are of
@@ -40,8 +41,8 @@ class SteadyLinear(nn.Linear):
     F.linear rounds a row otherwise where others stand beside it, but for most shapes not by how many eights of rows
     there are: so small layers take their rows in eights. Larger ones are quicker by oneDNN, where PyTorch has it, with
     the weight packed once as its kernels read it: a third to a half of F.linear's time. Each layer tries its product
-    once, and one that fails takes a row at a time. A single row is rounded in its own way: see Engine.step. In bfloat16
-    nothing is promised.
+    once, and one that fails takes a row at a time. A single row would be rounded in its own way, so it never is alone.
+    In bfloat16 nothing is promised.
     """
 
     packed: torch.Tensor | None = None  # the weight in oneDNN's layout, made by `pack`
@@ -71,18 +72,20 @@ class SteadyLinear(nn.Linear):
         return FOUND[shape]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Of several rows (n, in_features)."""
-        if self.packed is not None:
-            return LINEAR(x, self.packed, self.bias, "none", [], "")
-        missing = -x.size(0) % EIGHT
-        return F.linear(F.pad(x, (0, 0, 0, missing)) if missing else x, self.weight, self.bias)[: x.size(0)]
+        """Of rows (n, in_features), in the company that they need."""
+        rows = x.size(0)
+        if self.packed is None:
+            missing = -rows % EIGHT
+            return F.linear(F.pad(x, (0, 0, 0, missing)) if missing else x, self.weight, self.bias)[:rows]
+        if rows < LEAST:
+            x = x.expand(LEAST, -1) if rows == 1 else F.pad(x, (0, 0, 0, LEAST - rows))
+        return LINEAR(x, self.packed, self.bias, "none", [], "")[:rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, T, in_features) or (n, in_features): of n texts, which mind each other in no way."""
-        rows = x.numel() // self.in_features
-        if rows > 1 and self.is_steady:
-            return self.product(x.reshape(rows, -1)).view(*x.shape[:-1], -1)
-        if rows > 1 and x.size(0) > 1:
+        if self.is_steady:
+            return self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+        if x.size(0) > 1 and x.numel() > self.in_features:
             return torch.cat([self.forward(text.clone()) for text in x.split(1)])  # bits depend on where memory begins
         if self.packed is None and (self.is_small() or not HAS_ONEDNN or x.dtype != torch.float32):
             return super().forward(x)
@@ -174,7 +177,7 @@ class RowCache:
         caches = self.keys[layer], self.values[layer]  # (groups, rows, heads, capacity, head_dim)
         if self.stepped is None and self.row is None:
             for cache, its in zip(caches, (k, v), strict=True):
-                its = its[: len(self.filled)].unflatten(1, (self.groups, -1)).transpose(0, 1)
+                its = its.unflatten(1, (self.groups, -1)).transpose(0, 1)
                 cache[:, self.filled, :, : self.end] = its.to(cache.dtype)
             return k, v, self if self.keys.device.type == "cpu" else None
         if self.stepped is None:
@@ -185,8 +188,10 @@ class RowCache:
             k, v = (placed(cache[:, self.row, :, : self.end].flatten(0, 1)[None]) for cache in caches)
             return k, v, self.mask
         for cache, its in zip(caches, (k, v), strict=True):
-            its = its[: len(self.stepped)].view(-1, self.groups, cache.size(2), cache.size(4))  # (n, groups, heads, …)
-            if self.is_even:
+            its = its.view(-1, self.groups, cache.size(2), cache.size(4))  # (n, groups, heads, head_dim)
+            if len(self.stepped) == 1:
+                cache[:, self.stepped[0], :, self.end - 1] = its[0]
+            elif self.is_even:
                 cache.select(3, self.end - 1).copy_(its.transpose(0, 1))
             else:
                 cache[:, self.index, :, self.at] = its.to(cache.dtype)
@@ -203,17 +208,14 @@ class RowCache:
         if self.stepped is None:
             one_by_one = zip(q.to(v.dtype).split(1), k.to(v.dtype).split(1), v.split(1), strict=True)
             return torch.cat([F.scaled_dot_product_attention(*map(placed, qkv), is_causal=True) for qkv in one_by_one])
-        n = len(self.stepped)
-        others = q.size(0) - n  # that are nobody's
-        q = q[:n].to(v.dtype).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, n, heads, 1, head_dim)
+        q = q.to(v.dtype).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, n, heads, 1, head_dim)
         if self.is_even and (self.groups == self.threads or self.rows == 1) and q.size(-1) % WIDTH == 0:
             y = F.scaled_dot_product_attention(q.flatten(0, 1), k, v).unflatten(0, (self.groups, -1))
         else:
             its = ([t[row :: self.rows, :, : self.lengths[row]] for t in (k, v)] for row in self.stepped)
             each = ((q[:, n], *kv) for n, kv in enumerate(its))
             y = torch.stack([F.scaled_dot_product_attention(*map(placed, qkv)) for qkv in each], dim=1)
-        y = y.transpose(0, 1).flatten(1, 2)
-        return F.pad(y, (0, 0, 0, 0, 0, 0, 0, others)) if others else y
+        return y.transpose(0, 1).flatten(1, 2)
 
     def copy(self, row: int, others: list[int], length: int) -> None:
         """Gives other rows the first `length` positions of a row."""
@@ -266,7 +268,7 @@ class Engine:
         if any(isinstance(module, lora.LoRALinear) for module in model.modules()):
             raise ValueError("an engine takes a model without adapters beside its weights: merge them (quartz.lora)")
         self.source = None if gives_up else model
-        self.is_packed = self.in_eights = False  # whether `pack` was called, and has found small layers alone
+        self.is_packed = False  # whether `pack` was called
         self.model = (model if gives_up else twin(model)).eval().to(place, dtype)
         self.kept, self.quantize = torch.int8 if quantize else kept, quantize
         self.scales: dict[nn.Parameter, torch.Tensor] = {}  # of weights in int8
@@ -312,7 +314,6 @@ class Engine:
         layers = [module for module in self.model.modules() if isinstance(module, SteadyLinear)]
         for layer in layers:
             layer.pack(gives_up=self.source is None and layer.weight is not embedding)
-        self.in_eights = all(layer.packed is None for layer in layers)
 
     def new_cache(self, rows: int, length: int) -> RowCache:
         """An empty cache for `rows` texts of up to `length` tokens, in the dtype that attention computes in.
@@ -349,23 +350,17 @@ class Engine:
     @torch.no_grad()
     def refill(self, texts: list[list[int]], cache: RowCache, rows: list[int]) -> torch.Tensor:
         """Reads texts of one length into rows, in place of what those held; returns the logits that follow, (n, V)."""
-        company = 1 if len(rows) == 1 < cache.rows else 0
-        idx = F.pad(torch.tensor(texts, device=self.model.lm_head.weight.device), (0, 0, 0, company))
+        idx = torch.tensor(texts, device=self.model.lm_head.weight.device)
         hidden = self.model._hidden(idx, cache.open_refill(rows, idx.size(1)), cache)
-        return self.model.lm_head(hidden[:, -1])[: len(rows)]
+        return self.model.lm_head(hidden[:, -1])
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, cache: RowCache, rows: list[int]) -> torch.Tensor:
         """Puts one token (n,) behind each of the given rows, and leaves the others as they are; returns the logits of
         those that follow, (n, V), which hold until the next step.
         """
-        position = cache.open_step(rows)
-        # A row is rounded otherwise alone than beside others, so it never is alone; small layers want eights
-        company = -len(rows) % EIGHT if self.in_eights else len(rows) == 1
-        if company and cache.rows > 1 and position.device.type == "cpu":
-            tokens, position = F.pad(tokens, (0, company)), F.pad(position, (0, company))
-        hidden = self.model._hidden(tokens[:, None], position[:, None], cache)
-        return self.model.lm_head(hidden[:, 0])[: len(rows)]
+        hidden = self.model._hidden(tokens[:, None], cache.open_step(rows)[:, None], cache)
+        return self.model.lm_head(hidden[:, 0])
 
 
 def install(model: GPT) -> None:

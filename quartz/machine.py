@@ -17,7 +17,8 @@ from model import GPT
 from quartz.errors import UserError, check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX, MADV_HUGEPAGE = -1, -4, -8, 14  # of malloc.h and sys/mman.h
+HUGE_PAGE = 2**21
 
 # Dense 16-bit matrix peak of a device in FLOP/s, by a part of its name (makers' data sheets); the first match counts.
 PEAK_FLOPS = {
@@ -44,14 +45,43 @@ def set_deterministic(wanted: bool) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc's malloc to keep what is freed, rather than to return it and have it mapped anew in every step.
+    """Tells glibc's malloc to keep what is freed, rather than to have it mapped anew in every step, and to lie in huge
+    pages where the system lets programs ask for them.
 
-    Nothing happens with another C library. Blocks over 32 MiB, its limit, still come and go.
+    A processor looks up one page of 2 MiB where it would look up 512 of 4 KiB. In a virtual machine, where that takes
+    two walks, going over all weights takes up to a third less time so. Half of what is free is set aside as addresses;
+    memory it becomes when something is written there. Nothing happens with another C library, or where addresses are
+    limited.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    library = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(library, "gnu_get_libc_version"):
+        return
+    for setting, value in ((M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
+        library.mallopt(setting, value)
+    if not _has_limits():
+        _ask_for_huge_pages(library, (available_memory(torch.device("cpu")) or 0) // 2)
+
+
+def _has_limits() -> bool:
+    import resource
+
+    limits = resource.RLIMIT_AS, resource.RLIMIT_DATA
+    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
+
+
+def _ask_for_huge_pages(library: ctypes.CDLL, size: int) -> None:
+    """Grows malloc's memory by addresses for `size` bytes, and asks for huge pages there."""
+    for function, result, *arguments in (
+        (library.malloc, ctypes.c_void_p, ctypes.c_size_t),
+        (library.free, None, ctypes.c_void_p),
+        (library.sbrk, ctypes.c_void_p, ctypes.c_ssize_t),
+        (library.madvise, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
+    ):
+        function.restype, function.argtypes = result, arguments
+    begin = -(-library.sbrk(0) // HUGE_PAGE) * HUGE_PAGE
+    library.free(library.malloc(size))  # where the system refuses, malloc returns a null, which free takes
+    if (end := library.sbrk(0) // HUGE_PAGE * HUGE_PAGE) > begin:
+        library.madvise(begin, end - begin, MADV_HUGEPAGE)
 
 
 class _NoNumbers(TorchFunctionMode):

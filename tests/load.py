@@ -107,7 +107,7 @@ def prepare(folder: Path) -> None:
 
 
 def export(folder: Path, to: str, dtype: str) -> Path:
-    path = folder / f"{to}-{dtype}"
+    path = folder / (f"{dtype}.gguf" if to == "gguf" else f"{to}-{dtype}")
     if not path.exists():
         command = [sys.executable, "export.py", f"--out_dir={folder}", f"--to={to}", f"--dtype={dtype}"]
         subprocess.run([*command, f"--path={path}"], cwd=ROOT, check=True, stdout=sys.stderr)
@@ -119,9 +119,9 @@ def servers(folder: Path, dtype: str, llama: str) -> list[Server]:
     found = [ours(folder, dtype, ROWS)]
     if llama:
         port, path = free_port(), export(folder, "gguf", KINDS[dtype])
-        command = [llama, f"--model={path}", f"--port={port}", f"--parallel={ROWS}"]
-        command += [f"--ctx-size={ROWS * SHAPE['block_size']}", f"--threads={cores()}"]
-        command += [f"--cache-type-{which}={KINDS[dtype]}" for which in "kv"] if dtype == "float32" else []
+        settings = {"model": path, "port": port, "parallel": ROWS, "threads": cores()}
+        settings |= {"ctx-size": ROWS * SHAPE["block_size"], "cache-type-k": "f32", "cache-type-v": "f32"}  # as ours
+        command = [llama, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
         found.append(Server("llama.cpp", port, command, "gpt2", {"ignore_eos": True, "cache_prompt": False}))
     with contextlib.suppress(ImportError):
         import fastapi  # noqa: F401 - what it needs besides
@@ -301,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtype", choices=list(KINDS), default="float32")
     parser.add_argument("--llama", default=shutil.which("llama-server") or "", help="the program llama-server")
+    parser.add_argument("--without", default="", help="a peer that is left out: llama.cpp or transformers")
     parser.add_argument("--url", help="of one server to be measured, in place of all")
     parser.add_argument("--clients", default="1,4,16")
     parser.add_argument("--turns", type=int, default=16, help="requests in a turn, over all clients")
@@ -320,7 +321,7 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
             if not (folder / "ckpt.pt").exists():
                 prepare(folder)
-            found = servers(folder, options.dtype, options.llama)
+            found = [its for its in servers(folder, options.dtype, options.llama) if its.name != options.without]
             for server in found:
                 server.start(folder)
                 stack.callback(server.process.kill)
