@@ -211,7 +211,8 @@ def test_an_edit_keeps_the_tokens_before_it_and_their_numbers(opens, server):
         *TOKENS.encode(page.input_value("#text")[offset:]),
     ]
     echoed = ask(server, prompt=[its["id"] for its in after], max_tokens=0, echo=True)
-    assert [its["logprob"] for its in after] == echoed["logprobs"]["token_logprobs"]
+    numbers = echoed["logprobs"]["token_logprobs"]  # which differ from those of drawn tokens by rounding
+    assert [its["logprob"] for its in after[1:]] == pytest.approx(numbers[1:], abs=1e-5)
     assert [urlsplit(request.url).path for request in sent].count("/v1/completions") <= 2  # not one for each key
 
 
@@ -526,7 +527,12 @@ def test_history_brings_back_texts_and_can_be_cleared(opens, server):
     entries = page.locator("#past button")
     assert entries.count() == 2
     entries.nth(1).click()
-    assert page.input_value("#text") == first and known(page) == shown
+    assert page.input_value("#text") == first
+    again = known(page)  # which is read now, so that its numbers may be rounded otherwise
+    for key in ("id", "drawn", "piece"):
+        assert [its[key] for its in again] == [its[key] for its in shown]
+    numbers = [[its["logprob"] for its in its_tokens[1:]] for its_tokens in (again, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
     assert write(page, key="Control+Shift+Enter") == first
     page.click("#open-history")
     page.click("#clear-history")
@@ -642,6 +648,7 @@ def test_a_text_that_is_not_finished_is_kept_and_told_of(opens, stand_in, how):
     failure = sse({"error": {"message": "the device is out of memory"}})
     parts = [chunk(0), chunk(1), *([failure, sse("[DONE]")] if how == "error" else [])]
     stand_in.completes = lambda handler, body: handler.streams(*parts, length=10**6 if how == "cut" else None)
+    stand_in.pause = 0.3  # or the browser may not give out what came right before a cut
     page = opens(stand_in.url)
     page.fill("#text", "the")
     page.press("#text", "Control+Enter")
@@ -1013,7 +1020,7 @@ def test_a_run_is_watched_and_its_checkpoints_are_served_as_they_come(opens, tmp
         first, before = write(page, BEGINNING, max_tokens=30), known(page)
         page.check("#keep-writing")
         expect(page.locator("#versions .card")).to_have_count(1)
-        curve = page.locator(".val").get_attribute("d")
+        curve = page.locator(".val").first.get_attribute("d")
         assert curve.count("L") == 1
         state_of(TOKENS, tmp_path, seed=2, iter_num=20)
         log.write_text(
@@ -1023,7 +1030,7 @@ def test_a_run_is_watched_and_its_checkpoints_are_served_as_they_come(opens, tmp
         expect(page.locator("#value")).to_contain_text("iteration 20: validation 3.250")
         cards = page.locator("#versions .card")
         expect(cards).to_have_count(2)
-        assert page.locator(".val").get_attribute("d").count("L") == 2
+        assert page.locator(".val").first.get_attribute("d").count("L") == 2
         expect(cards.first.locator("h2")).to_contain_text("Iteration 20")
         expect(page.locator("#stop")).to_be_disabled()
         assert page.input_value("#text") == first  # what a person has is left alone
@@ -1050,9 +1057,9 @@ def test_curves_tell_their_values_by_pointer_and_keys(opens, tmp_path):
         curves.press("ArrowLeft")
         expect(value).to_contain_text("iteration 30")
         assert "iteration 30" in curves.get_attribute("aria-valuetext")
-        before = page.locator(".val").get_attribute("d")
+        before = page.locator(".val").first.get_attribute("d")
         page.check("#log-x")
-        assert page.locator(".val").get_attribute("d") != before
+        assert page.locator(".val").first.get_attribute("d") != before
 
 
 def test_a_checkpoint_that_cannot_be_read_is_told_of(opens, tmp_path):
