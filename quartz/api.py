@@ -500,7 +500,7 @@ class Answer:
 
 def model(served: Served) -> dict:
     its = {"id": served.name, "object": "model", "created": served.created, "owned_by": "quartzgpt"}
-    return its | {"max_model_len": served.block_size}
+    return its | {"max_model_len": served.block_size, "system_fingerprint": served.fingerprint}
 
 
 def tokenize(body: dict, served: Served) -> dict:
