@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, ROOT, flags
-from server import served
+from conftest import DATA, ROOT, flags, program
+from server import leave, openai, served, until, write_model
 
 from model import GPT, GPTConfig
 from quartz import checkpoint
@@ -214,3 +214,160 @@ def check_metrics(told: dict, expected: dict) -> None:
                 assert told[name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
     assert all(0 < expected[name][metric] < 1 for name, metric in (("continued", "acc,none"), ("chosen", "acc,none")))
     assert expected["written"]["exact_match,none"] == 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# OpenAI's client for JavaScript, beside the one for Python
+
+NPM = ROOT / "tests" / "npm"
+LONG = {"model": "tiny", "prompt": "the", "max_tokens": 8000, "ignore_eos": True}  # many seconds' work
+SAMPLED = {"model": "tiny", "prompt": "the a", "max_tokens": 12, "seed": 7}
+BODIES = [
+    {"model": "tiny", "prompt": "the 日本", "temperature": 0, "logprobs": 3},
+    {**SAMPLED, "n": 3, "logprobs": 1, "echo": True, "return_token_ids": True},
+    {**SAMPLED, "prompt": ["the", " a"], "n": 2, "top_p": 0.9, "temperature": 0.7, "top_k": 40},
+    {**SAMPLED, "prompt": [[97, 98], [256, 99]], "echo": True, "max_tokens": 0, "logprobs": 0},
+    {**SAMPLED, "max_tokens": 200, "stop": ["e", "a"]},
+    {**SAMPLED, "max_tokens": 200, "stop": "t"},
+]
+STREAMS = [{**body, "stream": True, "stream_options": {"include_usage": k % 2 == 0}} for k, body in enumerate(BODIES)]
+WRONG = [
+    {"model": "other", "prompt": "the"},
+    {"model": "tiny", "prompt": "the", "n": 17},
+    {"model": "tiny", "prompt": "the", "max_tokens": 9000},
+    {"model": "tiny", "prompt": [99999]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    yield from served(folder)
+
+
+class Node:
+    """A process of client.js, that does these acts."""
+
+    def __init__(self, server, *acts: dict):
+        node = program("node", "nodejs")
+        if not (NPM / "node_modules" / "openai").exists():
+            program("npm")
+            pytest.skip("npm's package openai is not in tests/npm: make test-clients installs it")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([node, str(NPM / "client.js"), server.url], **pipes)
+        self.process.stdin.write(json.dumps(acts))
+        self.process.stdin.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def hear(self, *wanted: str) -> tuple[str, object]:
+        """The next line, or the next of these names."""
+        for line in self.process.stdout:
+            ((name, value),) = json.loads(line).items()
+            if not wanted or name in wanted:
+                return name, value
+        raise AssertionError(self.process.stderr.read())
+
+
+def timeless(answer: dict) -> dict:
+    return {name: value for name, value in answer.items() if name not in ("id", "created")}
+
+
+def by_python(server, body: dict) -> dict | list[dict]:
+    """The same answer by the other client; what OpenAI does not know goes as extra_body."""
+    extra = {name: body[name] for name in ("return_token_ids", "top_k", "ignore_eos") if name in body}
+    known = {name: value for name, value in body.items() if name not in extra}
+    answer = server.client.completions.create(**known, extra_body=extra)
+    if body.get("stream"):
+        return [chunk.model_dump(exclude_unset=True) for chunk in answer]
+    return answer.model_dump(exclude_unset=True)
+
+
+def joined(chunks: list[dict]) -> list[tuple]:
+    """Each choice's text and end, however the stream was cut."""
+    choices = sorted((choice for chunk in chunks for choice in chunk["choices"]), key=lambda its: its["index"])
+    return [
+        ("".join(its["text"] for its in own), [its["finish_reason"] for its in own if its["finish_reason"]])
+        for own in ([c for c in choices if c["index"] == k] for k in range(choices[-1]["index"] + 1))
+    ]
+
+
+def test_javascript_is_answered_what_python_is(server):
+    with Node(server, *({"act": "create", "body": body} for body in (*BODIES, *STREAMS))) as node:
+        whole = [node.hear("answer", "error") for _ in BODIES]
+        streams = [node.hear("answer", "error") for _ in STREAMS]
+        assert node.hear("end")
+    for body, (name, answer) in zip(BODIES, whole, strict=True):
+        assert name == "answer" and timeless(answer) == timeless(cached_alike(by_python(server, body), answer)), body
+    for body, (name, chunks), (_, answer) in zip(STREAMS, streams, whole, strict=True):
+        assert name == "answer" and joined(chunks) == joined(by_python(server, body)) == joined([answer])
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        has_usage = body["stream_options"]["include_usage"]
+        assert [bool(chunk.get("usage")) for chunk in chunks] == [False] * (len(chunks) - 1) + [has_usage]
+        assert not has_usage or (chunks[-1]["usage"]["completion_tokens"] == answer["usage"]["completion_tokens"])
+
+
+def cached_alike(answer: dict, other: dict) -> dict:
+    """With the other's count of tokens that came from the cache, which is not the answer's own."""
+    details = other["usage"]["prompt_tokens_details"]
+    return {**answer, "usage": {**answer["usage"], "prompt_tokens_details": details}}
+
+
+def test_javascript_is_refused_as_python_is(server):
+    acts = [{"act": "create", "body": body} for body in WRONG]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    with Node(server, *acts, {"act": "chat", "body": chat}, {"act": "models"}) as node:
+        heard = [node.hear("answer", "error") for _ in (*WRONG, chat)]
+        assert node.hear("answer")[1] == [its.model_dump(exclude_unset=True) for its in server.client.models.list()]
+    for body, (name, error) in zip((*WRONG, chat), heard, strict=True):
+        create = server.client.chat.completions.create if body is chat else server.client.completions.create
+        with pytest.raises(openai.APIStatusError) as theirs:
+            create(**body)
+        own = theirs.value
+        assert name == "error" and error["kind"] == type(own).__name__
+        for field in ("code", "param", "type"):
+            assert error[field] == getattr(own, field)
+        assert error["status"] == own.status_code and own.body["message"] in error["message"]
+
+
+def test_javascript_that_leaves_in_mid_stream_or_gives_up_frees_the_rows(server):
+    before = server.metric("request_success_total")
+    acts = [{"act": "abort", "body": {**LONG, "n": 2, "stream": True}}]
+    acts += [{"act": "create", "body": LONG, "options": {"timeout": 300}}]
+    with Node(server, *acts) as node:
+        assert node.hear("chunk")[1]["choices"]
+        name, error = node.hear("error", "answer")
+        assert name == "error" and error["kind"] == "APIConnectionTimeoutError"
+        assert node.hear("end")
+        until(lambda: server.metric("request_success_total") == before + 3)  # counted as aborted
+        until(server.is_idle)
+    assert server.post(prompt="the", n=16, max_tokens=2).status_code == 200
+
+
+def test_javascript_that_is_refused_for_want_of_room_tries_again_when_it_was_told(folder):
+    for small in served(folder, max_rows=2, max_queue=0):
+        with small.connect() as sock:
+            sock.sendall(small.request(**LONG, n=2))
+            until(lambda small=small: small.metric("num_requests_running") == 2)
+            with Node(small, {"act": "create", "body": SAMPLED, "options": {"maxRetries": 5}}) as node:
+                _, first = node.hear("attempt")
+                leave(sock)
+                _, second = node.hear("attempt")
+                while second["status"] == 503:  # the rows may be freed later than it is back
+                    _, second = node.hear("attempt")
+                assert node.hear("answer", "error")[0] == "answer"
+        assert first["status"] == 503 and second["status"] == 200
+        assert second["at"] - first["at"] > 900  # ms, of the second that Retry-After names
