@@ -135,7 +135,7 @@ HOW = {
     ' 100, "temperature": 0.8, "top_k": 200, "seed": 1337}\'': Told("test_serve.test_row_k_draws_with_seed_plus_k"),
     "lm_eval run --model local-completions --batch_size 8 --tasks … --model_args model=out-mine,base_url="
     "http://127.0.0.1:8000/v1/completions,tokenizer=out-mine/hf,num_concurrent=4,max_length=512": (
-        Told("test_serve.test_an_evaluation_gets_a_number_for_each_token_of_each_prompt")
+        Told("test_clients.test_lm_eval_over_http_gives_what_its_own_model_gives")
     ),
     "python serve.py --out_dir=out-mine --watch=True": Told("test_watch.test_a_run_is_served_while_it_trains"),
     "QUARTZGPT_API_KEY=$(openssl rand -hex 24) python serve.py --host=0.0.0.0": (
