@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 
 from model import GPT
-from quartz import compiled, extras, machine, sources
+from quartz import compiled, errors, extras, machine, sources
 
 STEPS = 10**9  # that a server is to be expected to take
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
@@ -121,5 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with configurator.user_errors():
+    with errors.lossy_output(), configurator.user_errors():
         main()
