@@ -105,7 +105,8 @@ def _configure(scope: dict, argv: list[str]) -> set[str]:
     if os.environ.get("RANK", "0") == "0":
         for name in sorted(given):
             shown = "(not shown)" if name.endswith("_key") else repr(scope[name])  # a secret
-            print(f"Overriding: {name} = {shown}", file=sys.stderr)  # standard output is for results
+            with contextlib.suppress(OSError):  # a log that can't be written
+                print(f"Overriding: {name} = {shown}", file=sys.stderr)  # standard output is for results
     return given
 
 

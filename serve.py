@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 
 from model import GPT
-from quartz import compiled, extras, machine, sources, threads
+from quartz import compiled, errors, extras, machine, sources, threads
 from quartz.errors import UserError
 from quartz.tokenizer import Tokenizer
 
@@ -150,5 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with configurator.user_errors():
+    with errors.lossy_output(), configurator.user_errors():
         main()

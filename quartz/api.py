@@ -25,6 +25,7 @@ MAX_STOPS, MAX_STOP = 32, 256  # strings, and characters in each
 MAX_TOKENS = 16  # by default, as OpenAI has it
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
 WHOLE = 2**63  # whole numbers stay below
+MAX_NUMBER = 1e300
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -112,7 +113,7 @@ def _whole(body: dict, name: str, default: int | None, least: int, most: int) ->
 
 def _number(body: dict, name: str, default: float) -> float:
     value = _of_kind(body, name, float, int)
-    if value is not None and not abs(value) < 1e300:
+    if value is not None and not abs(value) < MAX_NUMBER:
         raise ApiError(400, f"{name} is too large a number", name)
     return default if value is None else float(value)
 
@@ -225,7 +226,7 @@ def completion(body: dict, served: Served) -> Asked:
     """
     check_model(body, served)
     for name, off in NOT_DONE.items():
-        if body.get(name) not in (None, off):
+        if body.get(name) not in (None, off) or body.get(name) is False:  # which is 0, for Python
             raise ApiError(400, f"{name} is not supported here: leave it out", name)
     prompts, n = _prompts(body.get("prompt"), served), _n(body, served)
     if len(prompts) * n > (most := min(MAX_CHOICES, served.rows + served.max_queue)):
@@ -252,6 +253,8 @@ def _prompts(value: object, served: Served) -> list[str | list[int]]:
     """Of a text, texts, ids or lists of ids; a prompt that is missing is the beginning of a text."""
     if value is None and served.end is not None:
         return [[served.end]]
+    if value is None:
+        raise ApiError(400, "prompt is missing: no token of this model's begins a text by itself", "prompt")
     if isinstance(value, str):
         return [_text(value, "prompt")]
     if not isinstance(value, list) or not value:
@@ -303,7 +306,7 @@ def _stops(body: dict) -> list[str]:
 
 
 def _stop_ids(body: dict, served: Served) -> frozenset[int]:
-    own = [] if served.end is None or _flag(body, "ignore_eos") else [served.end]
+    own = [] if _flag(body, "ignore_eos") or served.end is None else [served.end]
     return frozenset([*_ids(_of_kind(body, "stop_token_ids", list) or [], "stop_token_ids", served), *own])
 
 
@@ -508,8 +511,8 @@ def tokenize(body: dict, served: Served) -> dict:
     check_model(body, served)
     if body.get("messages") is not None:
         raise ApiError(400, NO_CHAT, "messages", "no_chat_tokens")
-    name = "content" if "content" in body else "prompt"
-    text = _of_kind(body, name, str)
+    texts = {name: _of_kind(body, name, str) for name in ("content", "prompt")}
+    name, text = next((its for its in texts.items() if its[1] is not None), ("prompt", None))
     if text is None:
         raise ApiError(400, "prompt is missing, the text to be encoded", "prompt")
     ids = encode_text(_text(text, name), name, served)

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 NO_MORE = {  # what no program can help
     errno.ENOSPC: "the disk is full",
@@ -44,6 +45,38 @@ def user_errors():
         if not (problem := _problem_of_machine(error)):
             raise
         _exit(problem)
+
+
+class _Lossy:
+    """A stream but that what can't be written is lost."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def lossy_output():
+    """For what is to run on where its log has no reader, or is on a full disk: what can't be written to standard
+    output and error is lost."""
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Lossy, kept)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = kept
+        _drop_unwritten()
 
 
 def _problem_of_machine(error: Exception) -> str:

@@ -37,7 +37,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from quartz import api
+from quartz import api, openapi
 from quartz.api import ApiError
 from quartz.errors import UserError, in_words
 from quartz.serving import Closed, Counts, Event, Full, Read, Service, Token
@@ -49,7 +49,7 @@ HEAD_SECONDS, BODY_SECONDS = 10.0, 10.0  # for a request's head to arrive, and f
 READER_SECONDS, READER_RATE = 30.0, 1e4  # a reader has this time, and longer for what is large, in bytes/s
 IDLE_SECONDS = 5  # that a connection is kept for the next request
 MAX_CONNECTIONS = 512
-OPEN = ("/", "/health")  # to those without the key
+OPEN = ("/", "/health", "/openapi.json")  # to those without the key
 STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # of histograms
 STOPPING = "the server is shutting down"
@@ -345,9 +345,11 @@ class EventStream:
         await say(b"[DONE]", more=False)
 
     async def tell(self, say: Callable) -> None:
-        answer = self.call.answer
-        while not answer.is_over():
-            await self.call.news()
+        answer, is_over = self.call.answer, False
+        while not is_over:
+            is_over = answer.is_over()  # which a short one may be before its stream begins
+            if not is_over:
+                await self.call.news()
             if chunk := answer.chunk():
                 await say(dumps(chunk))
         if chunk := answer.last_chunk():
@@ -393,6 +395,7 @@ class Site:
             Route("/", page(), methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.tell_metrics, methods=["GET"]),
+            Route("/openapi.json", self.openapi, methods=["GET"]),
         ]
         handlers = {ApiError: _refuse, HTTPException: _refuse_http, Gone: _leave, ClientDisconnect: _leave, 500: _fail}
         return Gate(Starlette(routes=routes, exception_handlers=handlers, lifespan=self.live), self.key, self.hosts)
@@ -529,6 +532,9 @@ class Site:
         self.ready()
         return Json({"status": "ok"})
 
+    async def openapi(self, request: Request) -> Json:
+        return Json(openapi.document())
+
     async def tell_metrics(self, request: Request) -> Response:
         self.ready()
         return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
@@ -575,7 +581,9 @@ async def _refuse(request: Request, error: ApiError) -> Json:
 
 
 async def _refuse_http(request: Request, error: HTTPException) -> Json:
-    return refusal(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"[:200]))
+    told = refusal(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"[:200]))
+    told.headers.update(error.headers or {})  # which methods are allowed
+    return told
 
 
 async def _leave(request: Request, error: Exception) -> Response:

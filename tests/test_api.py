@@ -365,6 +365,13 @@ def test_token_ids_are_told_where_they_are_wanted():
     assert (choice["prompt_token_ids"], choice["token_ids"]) == ([257], [97, 98])
 
 
+def test_a_text_of_the_wrong_kind_is_refused_beside_another_too():
+    with pytest.raises(ApiError) as error:
+        api.tokenize({"content": "the", "prompt": 5}, SERVED)
+    assert error.value.param == "prompt"
+    assert api.tokenize({"content": None, "prompt": "the"}, SERVED)["tokens"] == [257]
+
+
 def test_a_request_that_failed_is_an_error():
     its = asked()
     with pytest.raises(ApiError, match="broken") as error:

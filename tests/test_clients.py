@@ -1,4 +1,4 @@
-"""serve.py by programs that others made and that ask servers like it: lm-eval, OpenAI's client for JavaScript."""
+"""serve.py by programs that others made and that ask it: lm-eval, OpenAI's client for JavaScript, schemathesis."""
 
 import json
 import os
@@ -371,3 +371,27 @@ def test_javascript_that_is_refused_for_want_of_room_tries_again_when_it_was_tol
                 assert node.hear("answer", "error")[0] == "answer"
         assert first["status"] == 503 and second["status"] == 200
         assert second["at"] - first["at"] > 900  # ms, of the second that Retry-After names
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# schemathesis, which asks what /openapi.json allows, and what it does not
+
+
+def test_whatever_schemathesis_asks_it_is_answered_as_openapi_json_tells(tmp_path):
+    """No 500, no status, content or field that is not told of, nothing taken that is not allowed, nothing without the
+    key. What two fields allow together can't be told, so of what is allowed some is refused; and that of all POSTs
+    those of another content are refused before the method is, test_serve holds."""
+    pytest.importorskip("schemathesis")
+    write_model(tmp_path, block_size=64)
+    for server in served(tmp_path, key="a-key"):
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
+        command += ["-H", "Authorization: Bearer a-key", "--max-examples=100", "--workers=1"]
+        command += ["--phases=examples,coverage,fuzzing", "--continue-on-failure"]
+        command += ["--generation-deterministic", "--generation-database=none"]
+        command += ["--exclude-checks=positive_data_acceptance,unsupported_method"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout
+        count = len(server.http.get("/openapi.json").json()["paths"])
+        assert f"{count} selected / {count} total" in done.stdout
+        assert int(re.search(r"(\d+) generated, \1 passed", done.stdout)[1]) > 500
+        until(server.is_idle)

@@ -1,23 +1,28 @@
 """serve.py as a process of its own: by OpenAI's client, and by raw sockets as an attacker would."""
 
+import asyncio
 import contextlib
 import itertools
 import json
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_user_error, flags
+from conftest import ROOT, assert_user_error, flags
 from server import END, TOKENS, httpx, leave, openai, read_all, served, until, write_model
+from test_compiled import has_compiler
 
 from model import GPT
-from quartz import checkpoint
+from quartz import api, checkpoint, http
+from quartz.serving import Read, Token, Told
 
 KEY = "a key of nobody's".replace(" ", "-")
 # serve.py with less patience than it has; loading takes a moment, and so does encoding a long text
@@ -36,6 +41,13 @@ def encode_slowly(self, text, special=False):
     return encode(self, text, special)
 http.listen, tokenizer.BPETokenizer.encode = listen_briefly, encode_slowly
 sources.to_sample = lambda *names: time.sleep(0.5) or load(*names)
+sys.argv[0] = "serve.py"
+runpy.run_path("serve.py", run_name="__main__")
+"""
+
+NO_ROOM = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
 sys.argv[0] = "serve.py"
 runpy.run_path("serve.py", run_name="__main__")
 """
@@ -133,6 +145,23 @@ def test_a_stream_comes_to_the_answer(server):
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
             assert sum((getattr(c.logprobs, name) for c in its), []) == getattr(choice.logprobs, name)
     assert len({chunk.id for chunk in chunks}) == len({chunk.created for chunk in chunks}) == 1
+
+
+def test_a_stream_that_is_over_before_it_begins_tells_all_the_same():
+    """As where one token is drawn sooner than the event loop comes to it."""
+    served = api.Served("tiny", TOKENS, block_size=64, rows=2, max_queue=2, fingerprint="fp_1")
+    asked = api.completion(
+        {"prompt": "the", "max_tokens": 1, "stream_options": {"include_usage": True}, "stream": True}, served
+    )
+    answer, said = api.Answer(asked, asked.encode(served), served), []
+    for event in (Read(None, 0, 0.0), Token(0, Told(97, -1.0, []), "length")):
+        answer.take(0, event)
+
+    async def say(data: bytes) -> None:
+        said.append(json.loads(data))
+
+    asyncio.run(http.EventStream(SimpleNamespace(answer=answer)).tell(say))
+    assert [choice["text"] for chunk in said for choice in chunk["choices"]] == ["a"] and said[-1]["usage"]
 
 
 def test_a_stream_is_server_sent_events_with_the_usage_at_the_end(server):
@@ -385,7 +414,7 @@ def test_every_route_but_health_wants_the_key(guarded):
             headers = {} if given is None else {"Authorization": given.encode()}
             answer = client.request(method, path, headers=headers | {"content-type": "application/json"})
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", (path, given)
-        assert client.get("/health").status_code == 200
+        assert client.get("/health").status_code == client.get("/openapi.json").status_code == 200
     with pytest.raises(openai.AuthenticationError):
         guarded.client.with_options(api_key="wrong").models.list()
     assert guarded.client.models.list().data
@@ -401,6 +430,16 @@ def test_a_name_that_leads_here_is_not_ours(server, host):
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000", "192.168.1.7:80"])
 def test_localhost_and_addresses_are_ours(server, host):
     assert server.http.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_other_methods_are_refused_and_told_which_are_allowed(server):
+    paths = server.http.get("/openapi.json").json()["paths"]
+    for path, ways in paths.items():
+        for method in {"GET", "POST", "PUT", "DELETE", "PATCH", "TRACE"} - {way.upper() for way in ways}:
+            headers = {"content-type": "application/json"}
+            answer = server.http.request(method, path.replace("{name}", "tiny"), headers=headers)
+            assert answer.status_code == 405 and "error" in answer.json(), (method, path)
+            assert {*answer.headers["allow"].split(", ")} - {"HEAD"} == {way.upper() for way in ways}
 
 
 def test_two_hosts_are_refused(server):
@@ -570,6 +609,61 @@ def test_what_is_not_finished_in_time_is_an_error_never_a_short_text(folder):
                         server.process.send_signal(signal.SIGTERM)
             assert read_all(whole)[:12] in (b"HTTP/1.1 503", b"")
         assert server.process.wait(60) == 0
+
+
+def test_killed_in_mid_stream_it_breaks_the_stream_and_gives_the_same_bits_once_it_is_back(folder):
+    body = {"prompt": "the a", "max_tokens": 2000, "seed": 11, "logprobs": 2, "return_token_ids": True, **ON}
+    for server in served(folder):
+        whole = server.post(**body).json()
+        stream = server.client.completions.create(
+            model="tiny", prompt="the a", max_tokens=8000, stream=True, extra_body=ON
+        )
+        with pytest.raises(openai.APIConnectionError):  # and not a text that is short
+            for n, _ in enumerate(stream):
+                if n == 0:
+                    server.process.kill()
+        with pytest.raises(openai.APIConnectionError):
+            server.client.models.list()
+    for server in served(folder):
+        again = server.post(**body).json()
+    assert again["choices"] == whole["choices"] and again["system_fingerprint"] == whole["system_fingerprint"]
+
+
+def test_it_serves_on_where_its_log_is_on_a_full_disk(folder):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(ROOT / "serve.py"), *flags(out_dir=folder / "tiny", port=port, device="cpu")]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([*command, "--compile=False"], stdout=full, stderr=full)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+
+            def is_ready() -> bool:
+                assert process.poll() is None, "it has ended"
+                with contextlib.suppress(httpx.ConnectError):
+                    return client.get("/health").status_code == 200
+
+            until(is_ready)
+            for _ in range(2):
+                assert client.post("/v1/completions", json={"prompt": "the"}).json()["choices"][0]["text"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler, or no Python headers")
+def test_it_serves_uncompiled_where_the_disk_has_no_room_for_a_compiled_step(folder, tmp_path, monkeypatch, server):
+    """A limit on files' sizes stands for the disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    body = {"prompt": "the a", "max_tokens": 30, "seed": 5, "logprobs": 1}
+    for small in served(folder, "-c", NO_ROOM, max_rows=2, compile=True):
+        assert "warning: the step can't be compiled" in small.errors() and "going on without" in small.errors()
+        assert small.post(**body).json()["choices"] == server.post(**body).json()["choices"]
+    assert not [*(tmp_path / "cache").glob("**/*.pt2")]
 
 
 def test_it_can_be_stopped_while_it_loads(folder):
