@@ -5,7 +5,12 @@ python serve.py --init_from=gpt2 --port=8080 --dtype=bfloat16
 curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "ROMEO:", "max_tokens": 100}'
 """
 
+import os
+
 import configurator
+
+# What HTTP and clients on this machine do for each token would have the watch of quartz/threads.py put threads to sleep
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # rounds for which a thread waits awake, some 0.1 ms; read by libgomp
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -32,7 +37,6 @@ configurator.configure(globals())
 
 import hashlib
 import ipaddress
-import os
 import sys
 import time
 from collections.abc import Iterator

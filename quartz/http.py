@@ -1,7 +1,7 @@
-"""HTTP for a service: routes, streams, who may ask, and what becomes of clients that are slow, greedy or gone.
+"""HTTP for a service: routes, streams, metrics, and what becomes of clients that are greedy or gone.
 
-Read it to see what is refused and when a request ends. What a request means stands in quartz/api.py, how it is computed
-in quartz/serving.py; both run beside this event loop, which never computes.
+Read it to see when a request ends. Who may ask at all stands in quartz/gate.py, what a request means in quartz/api.py,
+how it is computed in quartz/serving.py; these two run beside this event loop, which never computes.
 """
 
 import asyncio
@@ -10,14 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import hmac
-import ipaddress
-import json
 import os
 import re
 import signal
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -25,7 +21,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import prometheus_client as prometheus
 import uvicorn
@@ -35,21 +30,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quartz import api, openapi
 from quartz.api import ApiError
 from quartz.errors import UserError, in_words
+from quartz.gate import Gate, Json, Protocol, dumps, refusal
 from quartz.serving import Closed, Counts, Event, Full, Read, Service, Token
 from quartz.watch import Watch
 
 MAX_BODY, MAX_HEAD = 2**20, 2**14  # bytes
 SMALL = 2**12  # bytes of a body that the event loop itself looks at
-HEAD_SECONDS, BODY_SECONDS = 10.0, 10.0  # for a request's head to arrive, and for its body
-READER_SECONDS, READER_RATE = 30.0, 1e4  # a reader has this time, and longer for what is large, in bytes/s
+BODY_SECONDS = 10.0  # for a request's body to arrive
 IDLE_SECONDS = 5  # that a connection is kept for the next request
 MAX_CONNECTIONS = 512
-OPEN = ("/", "/health", "/openapi.json")  # to those without the key
 STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # of histograms
 STOPPING = "the server is shutting down"
@@ -57,128 +50,6 @@ STOPPING = "the server is shutting down"
 
 class Gone(Exception):
     """The client has left."""
-
-
-def dumps(data: object) -> bytes:
-    """JSON in ASCII, so that no character of it can be cut."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
-
-
-class Json(Response):
-    media_type = "application/json"
-
-    def render(self, content: object) -> bytes:
-        return content if isinstance(content, bytes) else dumps(content)
-
-
-def refusal(error: ApiError) -> Json:
-    """With what tells clients whether and when to try again."""
-    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}, 504: {"x-should-retry": "false"}}
-    return Json(error.body(), error.status, headers.get(error.status))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Who may ask
-
-
-class Gate:
-    """Lets a request in whose host, origin, key and kind of content are right; refuses others before they are read.
-
-    A page from elsewhere can have a browser send requests here, even by a name of its own that leads to this machine.
-    Its name shows as Host, and itself as Origin.
-    """
-
-    def __init__(self, app, key: str, hosts: set[str]):
-        self.app, self.key, self.hosts = app, key, hosts
-
-    async def __call__(self, scope, receive, send) -> None:
-        app = self.app
-        if scope["type"] == "http":
-            try:
-                self.check(scope)
-            except ApiError as error:
-                app = refusal(error)
-        await app(scope, receive, send)
-
-    def check(self, scope: dict) -> None:
-        headers: dict[str, list[str]] = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
-        host, *others = headers.get("host", ["localhost"])  # which HTTP/1.0 may leave out, and no browser does
-        if others or not self.knows(host):
-            raise ApiError(403, "this host is not served here: start the server with --hosts=NAME", code="host")
-        if any(_part(origin, "netloc") != host.lower() for origin in headers.get("origin", [])):
-            raise ApiError(403, "pages from elsewhere may not ask here", code="origin")
-        if self.key and scope["path"] not in OPEN:
-            scheme, _, given = headers.get("authorization", [""])[0].partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.key.encode()):
-                raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-        kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != "application/json":
-            raise ApiError(415, "the content must be application/json", code="content_type")
-
-    def knows(self, authority: str) -> bool:
-        """Whether a Host is one of ours. An address always is: only by a name can a page from elsewhere lead here."""
-        name = _part(f"//{authority}", "hostname")
-        return "*" in self.hosts or name in self.hosts or is_address(name)
-
-
-def _part(url: str, part: str) -> str:
-    """netloc or hostname of a URL, in lower case; empty where it has none."""
-    try:
-        return (getattr(urlsplit(url), part) or "").lower()
-    except ValueError:
-        return ""
-
-
-def is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
-
-
-class Protocol(H11Protocol):
-    """uvicorn's, which ends connections on which a head does not arrive, or what was written is not read, in time."""
-
-    arriving: asyncio.TimerHandle | None = None
-    leaving: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        # What is written goes out at once: else a token would wait until the one before is acknowledged, for 40 ms
-        with contextlib.suppress(OSError):  # of a client that has left already
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        transport.set_write_buffer_limits(high=0)  # so that anything that waits to be read is told of below
-        self.arriving = self.loop.call_later(HEAD_SECONDS, transport.abort)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        is_answered = self.cycle is None or self.cycle.response_complete
-        if not is_answered and self.arriving:  # the body has its own time
-            self.arriving.cancel()
-            self.arriving = None
-        elif is_answered and not self.arriving:
-            self.arriving = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        seconds = READER_SECONDS + self.transport.get_write_buffer_size() / READER_RATE
-        self.leaving = self.loop.call_later(seconds, self.cut)
-
-    def cut(self) -> None:
-        """Ends the connection by a reset: else the system would keep what was written, and try to send it."""
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self.leaving.cancel()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        for timer in filter(None, (self.arriving, self.leaving)):
-            timer.cancel()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ KEY = "a key of nobody's".replace(" ", "-")
 # serve.py with less patience than it has; loading takes a moment, and so does encoding a long text
 IMPATIENT = """
 import runpy, socket, sys, time
-from quartz import http, sources, tokenizer
-http.HEAD_SECONDS = http.BODY_SECONDS = http.READER_SECONDS = 0.6
-http.READER_RATE = 1e9
+from quartz import gate, http, sources, tokenizer
+gate.HEAD_SECONDS = http.BODY_SECONDS = gate.READER_SECONDS = 0.6
+gate.READER_RATE = 1e9
 listen, load, encode = http.listen, sources.to_sample, tokenizer.BPETokenizer.encode
 def listen_briefly(*where):
     sock = listen(*where)
