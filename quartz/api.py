@@ -11,7 +11,6 @@ import math
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quartz.decoder import Sampling
@@ -335,30 +334,6 @@ def spell(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-class _Stream(TextStream):
-    """A text that begins with the rest of the character whose first bytes are `before`; tells how far it has come."""
-
-    def __init__(self, tokens: Tokenizer, stops: Sequence[str], before: bytes):
-        super().__init__(tokens, stops)
-        self._decoder.decode(before)
-        self.given = 0  # characters
-
-    def decoded(self) -> int:
-        """Characters, those that are held back included."""
-        return self.given + len(self._held)
-
-    def finish(self, end: int | None = None) -> str:
-        text = super().finish(end)
-        self.given += len(text)
-        return text
-
-    def feed(self, i: int) -> str:
-        before = self.given
-        text = super().feed(i)
-        self.given = before + len(text)
-        return text
-
-
 class Choice:
     """One text of an answer. What is new in it can be taken at any time; taken at the end, it is all there is."""
 
@@ -369,7 +344,7 @@ class Choice:
             self.offsets.append(len(text))
             text += decoder.decode(served.tokens.token_bytes(i))
         self.start = len(text) if asked.echo else 0  # characters before the first that was drawn
-        self.stream = _Stream(served.tokens, asked.stops, decoder.getstate()[0])
+        self.stream = TextStream(served.tokens, asked.stops, decoder.getstate()[0])
         self.text = text if asked.echo else ""
         self.told: list[tuple[int, Told]] = []  # with the character at which the token begins
         self.drawn: list[int] = []
@@ -383,7 +358,7 @@ class Choice:
 
     def take(self, told: Told, end: str | None) -> None:
         """Adds a token, which may be the last. The token that ends a text is no part of it."""
-        self.told.append((self.start + self.stream.decoded(), told))
+        self.told.append((self.start + self.stream.decoded, told))
         self.drawn.append(told.token)
         if end != "stop":
             self.text += self.stream.feed(told.token)

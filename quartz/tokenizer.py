@@ -268,20 +268,24 @@ class TextStream:
     """The text of ids that come one by one, up to whichever of `stops` is complete first; they may span tokens.
 
     What is given out is final: a character waits for its last byte, and what may be the beginning of a stop waits until
-    it is one or is none. `is_done` tells that a stop was met; what comes after it is ignored.
+    it is one or is none. `is_done` tells that a stop was met; what comes after it is ignored. `decoded` counts
+    characters, those that wait included. The text begins with the rest of the character that `before` begins, in bytes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: bytes = b""):
         self._tokenizer, self._stops = tokenizer, stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._decoder.decode(before)
+        self._held, self.decoded = "", 0
         self.is_done = False
 
     def feed(self, i: int) -> str:
         """Takes the next id; returns the text that is certain now."""
         if self.is_done:
             return ""
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(i))
+        text = self._decoder.decode(self._tokenizer.token_bytes(i))
+        self.decoded += len(text)
+        self._held += text
         found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             self.is_done = True
