@@ -14,8 +14,10 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +48,7 @@ MAX_CONNECTIONS = 512
 STREAM = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # of histograms
 STOPPING = "the server is shutting down"
+FAILED = "the server has failed; its log tells why"
 
 
 class Gone(Exception):
@@ -136,13 +139,16 @@ class Call:
             raise
 
     def hear(self, which: int, event: Event) -> None:
-        """Takes an event, in the event loop."""
-        self.measure(which, event)
+        """Takes an event, in the event loop. What goes wrong with it ends the request."""
         try:
+            self.measure(which, event)
             if self.answer.take(which, event):
                 self.service.cancel(self.tickets[which], event.row)
         except ApiError as error:
             self.error = error
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            self.error = ApiError(500, FAILED)
         self.changed.set()
 
     def measure(self, which: int, event: Event) -> None:
@@ -462,7 +468,7 @@ async def _leave(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Json:
-    return refusal(ApiError(500, "the server has failed; its log tells why"))
+    return refusal(ApiError(500, FAILED))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, flags
-from server import END, TOKENS, httpx, leave, openai, read_all, served, until, write_model
+from server import END, TOKENS, Server, httpx, leave, openai, read_all, served, until, write_model
 from test_compiled import has_compiler
 
 from model import GPT
@@ -704,3 +704,34 @@ def test_a_package_that_is_missing_is_one_line(run, folder, monkeypatch, package
     monkeypatch.setitem(sys.modules, package, None)
     result = run("serve.py", *flags(out_dir=folder / "tiny"))
     assert_user_error(result, f"serve.py needs the {package} package", "pip install -e .[serve]")
+
+
+FAULTY = """
+import runpy, sys
+from quartz import api
+take = api.Choice.take
+def fail(self, told, end):
+    if self.asked.seeds[0] == 13:
+        raise ZeroDivisionError("a fault of ours")
+    take(self, told, end)
+api.Choice.take = fail
+sys.argv[0] = "serve.py"
+runpy.run_path("serve.py", run_name="__main__")
+"""
+
+
+def test_a_fault_of_ours_ends_its_request_alone(folder):
+    server = Server(folder, "-c", FAULTY)
+    try:
+        for streams in (False, True):
+            began = time.monotonic()
+            answer = server.post(prompt="the", seed=13, stream=streams)
+            assert "the server has failed" in answer.text and (streams or answer.status_code == 500)
+            assert time.monotonic() - began < 30
+        assert server.post(prompt="the", seed=14).status_code == 200
+        until(server.is_idle)
+        assert "a fault of ours" in server.errors()
+    finally:
+        server.process.kill()
+        server.process.communicate()
+        server.log.close()
