@@ -22,16 +22,30 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Dense 16-bit matrix peak of a device in FLOP/s, by a part of its name (makers' data sheets); the first match counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 836e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 836e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "A10": 125e12,
     "4090": 165e12,
     "3090": 71e12,
+}
+# Likewise, bytes/s that it reads from its memory
+PEAK_MEMORY_SPEED = {
+    "B200": 8e12,
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100 NVL": 3.9e12,
+    "H100": 3.35e12,
+    "A100-SXM4-80GB": 2.039e12,
+    "A100 80GB PCIe": 1.935e12,
+    "A100": 1.555e12,
 }
 
 
@@ -176,8 +190,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The device's matrix peak in FLOP/s at 16 bits; None where it is not known."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
+    return _by_name(PEAK_FLOPS, device)
+
+
+def peak_memory_speed(device: torch.device) -> float | None:
+    """Bytes/s that the device reads from its memory, as its maker says; None where it is not known."""
+    return _by_name(PEAK_MEMORY_SPEED, device) if device.type == "cuda" else None
+
+
+def _by_name(figures: dict[str, float], device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((figure for part, figure in figures.items() if part in name), None)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -192,8 +215,9 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def memory_speed(device: torch.device) -> float:
-    """Bytes/s that the device reads from its memory: a sum over half a gibibyte, the best of five."""
-    data, times = torch.ones(2**27, device=device), []
+    """Bytes/s that the device reads from its memory: a sum over half a gibibyte, the best of five; on a GPU over 4 GiB,
+    beside which the launch and the wait count little."""
+    data, times = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device), []
     for _ in range(5):
         began = time.perf_counter()
         data.sum().item()  # which waits for a GPU
