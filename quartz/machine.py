@@ -125,11 +125,29 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def check_machine(device: str, dtype: str) -> None:
-    """Raises one UserError with what is wrong in either name, or in the two together."""
+def check_machine(device: str, dtype: str, fp8: bool = False) -> None:
+    """Raises one UserError with what is wrong in either name, or in the two together; or where fp8 is wanted, and the
+    device has none.
+    """
     known = dtype in ("auto", *DTYPES)
-    rule = (known, f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
-    check([rule], [lambda: pick_dtype(dtype if known else "auto", pick_device(device))])
+
+    def look() -> None:
+        place = pick_device(device)
+        computed = pick_dtype(dtype if known else "auto", place)
+        if fp8 and not has_fp8(place):
+            raise UserError(
+                f"fp8=True needs a GPU of compute capability 8.9 or more, which {place} is not: leave it out"
+            )
+        if fp8 and computed != torch.bfloat16:
+            raise UserError(f"fp8=True goes with dtype=bfloat16, not {dtype}")
+
+    check([(known, f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")], [look])
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies numbers of 8 bits, e4m3 and e5m2 as the OCP has them, in hardware."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -51,6 +51,7 @@ STEPS = {  # in the order of worth: a run may be cut off
     "waits": Step(120, "what an update waits for"),
     "large": Step(150, "1.5B parameters"),
     "fsdp": Step(180, "one process of torchrun with FSDP2, and checkpoints in shards"),
+    "fp8": Step(180, "products in 8 bits: their errors, losses, speed"),
     "serving": Step(120, "texts that many ask for at once"),
 }
 FAILED = ("crashed", "out of time")  # ways to end

@@ -38,7 +38,7 @@ import nanogpt
 
 import model as model_module
 from model import GPT, GPTConfig
-from quartz import checkpoint, compiled, kernels, machine, optim, ranks, shards, update
+from quartz import checkpoint, compiled, float8, kernels, machine, optim, ranks, shards, update
 from quartz.decoder import Decoder, Sampling, complete
 from quartz.engine import Engine
 from quartz.errors import UserError
@@ -228,8 +228,8 @@ class Run:
     """The updates of train.py's loop, without its reports and its files."""
 
     def __init__(self, bench: Bench, shape: dict, batch: int, dtype: torch.dtype, compiles: bool = True, **more):
-        """more: GPTConfig's fields, and activation_checkpointing."""
-        self.bench, self.batch_size, self.dtype = bench, batch, dtype
+        """more: GPTConfig's fields, fp8 and activation_checkpointing."""
+        self.bench, self.batch_size, self.dtype, self.fp8 = bench, batch, dtype, more.pop("fp8", False)
         checkpointing = more.pop("activation_checkpointing", False)
         self.model = network(shape, bench.place, **more)
         self.model.activation_checkpointing = checkpointing
@@ -246,6 +246,7 @@ class Run:
 
     def prepare(self, compiles: bool) -> None:
         kernels.install(self.model)
+        float8.install(self.model, self.fp8)
         if compiles:
             machine.compile_model(self.model, self.bench.place)
 
@@ -437,10 +438,11 @@ def logits_and_gradient(model: GPT, text: torch.Tensor, dtype: torch.dtype) -> t
     return logits, torch.cat([p.grad.flatten() for p in model.parameters()]) / scale
 
 
-def losses(bench: Bench, model: GPT, place: torch.device, dtype: torch.dtype) -> list[float]:
+def losses(bench: Bench, model: GPT, place: torch.device, dtype: torch.dtype, fp8: bool = False) -> list[float]:
     """Of a copy of the model, over updates that take the same windows each time."""
     model, tokens, T = copy.deepcopy(model).to(place).train(), letters().astype(np.int64), model.config.block_size
     kernels.install(model)
+    float8.install(model, fp8)
     optimizer = optim.adamw_of(model, 0.1, 1e-3, (0.9, 0.95), place.type)
     scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16, init_scale=2.0**12)
     found = []
@@ -790,6 +792,47 @@ def fsdp(bench: Bench) -> None:
     bench.tell("in shards, resumed: losses, off the plain run's by", off, at_most=1e-4)
 
 
+def fp8(bench: Bench) -> None:
+    """Products in 8 bits beside float32's, losses and speed beside bfloat16's."""
+    scale = bench.scale
+    if bench.on_gpu and not machine.has_fp8(bench.place):
+        return bench.leave_out("fp8", "this GPU has no products of 8 bits")
+    for size in (128, 1024, *([4096] if bench.on_gpu else [])):
+        generator = torch.Generator().manual_seed(size)
+        x, weight, grad = (torch.randn(size, size, generator=generator).to(bench.place) for _ in range(3))
+        x.requires_grad_()
+        weight.requires_grad_()
+        y = float8.Float8Product.apply(x, weight)
+        y.backward(grad.to(y.dtype))
+        wanted = {"product": (y, x @ weight.T, 0.06)}
+        wanted |= {"gradient by x": (x.grad, grad @ weight, 0.1), "by the weight": (weight.grad, grad.T @ x, 0.1)}
+        for name, (ours, theirs, bound) in wanted.items():  # e4m3 rounds by 0.026 of a number, e5m2 by twice that
+            bench.tell(f"{size} x {size}: {name}, off float32's by", gap(ours, theirs), at_most=bound)
+    shape = {**scale.little, "n_layer": 6, "n_embd": 384 if bench.on_gpu else 128, "n_head": 4}
+    curves = [losses(bench, network(shape, torch.device("cpu")), bench.place, FAST, its) for its in (False, True)]
+    ends, bound = [statistics.mean(curve[-10:]) for curve in curves], 0.01 if bench.on_gpu else 0.05
+    bench.tell(
+        f"{scale.updates} updates of 6 layers: loss, off bfloat16's by", abs(ends[1] / ends[0] - 1), at_most=bound
+    )
+    cases = [(scale.names[0], scale.gpt2, scale.batches[-1]), (scale.names[1], scale.xl, scale.xl_batches[-1])]
+    if not bench.on_gpu:
+        cases = [("toy", {**scale.gpt2, "n_embd": 128}, 2)]
+    for name, shape, batch in cases:
+        compare_with_fp8(bench, f"{name}, {batch} x {shape['block_size']}", shape, batch)
+
+
+def compare_with_fp8(bench: Bench, what: str, shape: dict, batch: int) -> None:
+    seconds = {}
+    for wanted in (False, True):
+        run, peak, _ = made(bench, lambda: Run(bench, shape, batch, FAST, bench.on_gpu, fp8=wanted))  # noqa: B023
+        seconds[wanted] = bench.seconds(run.update, max(2, bench.scale.steps // 2))
+        tell_training(bench, f"{what}, {'FP8' if wanted else 'bfloat16'}", run, seconds[wanted], peak)
+        if wanted:
+            print_profile(bench, run)
+        run = None
+    bench.tell(f"{what}: FP8 is times as fast as bfloat16", seconds[False] / seconds[True])
+
+
 def serving(bench: Bench) -> None:
     """Clients that each ask again as soon as they are answered: of the service, and over HTTP where that is there."""
     from quartz import serving as service_module
@@ -880,6 +923,7 @@ STEPS: dict[str, Callable[[Bench], None]] = {
     "waits": waits,
     "large": large,
     "fsdp": fsdp,
+    "fp8": fp8,
     "serving": serving,
 }
 
