@@ -179,7 +179,9 @@ class GraphedStep(Engine):
                 self.compute()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(
+            self.graph, capture_error_mode="thread_local"
+        ):  # others may load the next model meanwhile
             self.logits = self.compute()
 
     @torch.no_grad()

@@ -85,14 +85,16 @@ def no_memory() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; for 'auto' the first there is of cuda, mps and cpu. Raises UserError for any other."""
+    """The device of that name; for 'auto' the first there is of cuda, mps and cpu. Raises UserError for any other.
+
+    One of CUDA always has its number, without which torch.cuda.set_device refuses it.
+    """
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
+    name = next(kind for kind, available in there.items() if available) if name == "auto" else name
     kind, _, index = name.partition(":")
     if kind not in there or (index and not index.isdigit()):
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
@@ -101,7 +103,7 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if index and int(index) >= count:
         raise UserError(f"device {name!r} is not there: the last one is {kind}:{count - 1}")
-    return torch.device(name)
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(name)
 
 
 def sampling_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.cuda._utils import _get_device_index
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -117,11 +118,12 @@ def gpu(index: int = 0) -> Iterator[StandIn]:
     properties = mock.Mock(total_memory=2**36, multi_processor_count=132)
     stands = {
         "is_available": lambda: True, "device_count": lambda: 8, "current_device": lambda: index,
-        "set_device": mock.Mock(), "is_bf16_supported": lambda **_: True, "get_device_name": lambda *_: "NVIDIA H200",
+        "set_device": mock.Mock(side_effect=_get_device_index), "is_bf16_supported": lambda **_: True,
+        "get_device_name": lambda *_: "NVIDIA H200",
         "mem_get_info": lambda *_: (2**36, 2**37), "get_device_capability": lambda *_: (9, 0),
         "get_device_properties": lambda *_: properties, "_lazy_init": lambda: None, "synchronize": lambda *_: None,
         "Stream": mock.Mock(), "stream": lambda _: contextlib.nullcontext(), "current_stream": mock.Mock(),
-        "CUDAGraph": Graph, "graph": lambda _: contextlib.nullcontext(), "empty_cache": lambda: None,
+        "CUDAGraph": Graph, "graph": lambda _, **__: contextlib.nullcontext(), "empty_cache": lambda: None,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, its in stands.items():

@@ -152,6 +152,13 @@ def test_the_loss_over_a_text_is_that_of_a_cpu(tiny, train, run):
     assert ours.err.partition(" tokens of")[0] == theirs.err.partition(" tokens of")[0]
 
 
+def test_a_device_of_cuda_has_its_number():
+    with stand_in.gpu():
+        for name, place in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:3", "cuda:3")):
+            assert machine.pick_device(name) == torch.device(place)
+            torch.cuda.set_device(machine.pick_device(name))
+
+
 def test_peaks_are_found_by_the_name():
     with stand_in.gpu():
         assert machine.peak_flops(PLACE, torch.bfloat16) == 989e12 and machine.peak_memory_speed(PLACE) == 4.8e12
