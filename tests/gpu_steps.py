@@ -71,15 +71,26 @@ class Scale:
     preset: dict  # settings of config/train_shakespeare_char.py
     clients: int  # that ask a server at once
     words: int  # in what they ask
+    product: int  # the size of one in bfloat16
+    products: tuple[int, ...]  # of those in 8 bits
+    six: dict  # a network of six layers that trains in 8 bits
+    small: dict  # that of the shakespeare preset
+    small_batch: int
 
 
 FULL = Scale(
-    LITTLE, 200, ("GPT-2 124M", "GPT-2 1.5B"), GPT2, (12, 32), GPT2_XL, (4, 8), 3, 20, (1, 16, 64), 256, {}, 64, 32
-)
+    little=LITTLE, updates=200, names=("GPT-2 124M", "GPT-2 1.5B"), gpt2=GPT2, batches=(12, 32), xl=GPT2_XL,
+    xl_batches=(4, 8), rounds=3, steps=20, streams=(1, 16, 64), tokens=256, preset={}, clients=64, words=32,
+    product=8192, products=(128, 1024, 4096), six={**LITTLE, "n_layer": 6, "n_head": 6, "n_embd": 384},
+    small={**GPT2, "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}, small_batch=64,
+)  # fmt: skip
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "batch_size": 4, "block_size": 32, "max_iters": 20, "eval_iters": 2}
 SMALL |= {"eval_interval": 10, "compile": False, "dtype": "float32"}
-LITTLE_TOY = {**TOY, "n_embd": 64}
-TINY = Scale(LITTLE_TOY, 30, ("toy", "other toy"), TOY, (2,), TOY, (2,), 2, 2, (1, 3), 12, SMALL, 4, 1)
+TINY = Scale(
+    little={**TOY, "n_embd": 64}, updates=30, names=("toy", "other toy"), gpt2=TOY, batches=(2,), xl=TOY,
+    xl_batches=(2,), rounds=2, steps=2, streams=(1, 3), tokens=12, preset=SMALL, clients=4, words=1,
+    product=256, products=(128, 256), six={**TOY, "n_layer": 6, "n_embd": 128}, small=TOY, small_batch=3,
+)  # fmt: skip
 
 
 @dataclass
@@ -373,7 +384,7 @@ def what_is_there(bench: Bench) -> None:
             bench.tell(name, getattr(__import__(name), "__version__", "there"))
         except Exception as error:  # a package that is there and broken raises anything
             bench.tell(name, f"missing ({type(error).__name__})")
-    size = 8192 if bench.on_gpu else 256
+    size = bench.scale.product
     a, b = (torch.randn(size, size, device=bench.place, dtype=FAST) for _ in range(2))
     bench.seconds(lambda: a @ b, 3)
     reached = 2 * size**3 / bench.seconds(lambda: a @ b, 10)
@@ -562,9 +573,9 @@ def graphs(bench: Bench) -> None:
 def training(bench: Bench) -> None:
     """GPT-2 124M, and the network of the shakespeare preset, beside nanoGPT's way, in turns."""
     scale = bench.scale
-    preset = {**scale.gpt2, "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
     cases = [(f"{scale.names[0]}, {batch} x {scale.gpt2['block_size']}", scale.gpt2, batch) for batch in scale.batches]
-    cases += [("6 x 384, 64 x 256", preset, 64)] if bench.on_gpu else []
+    small = f"{scale.small['n_layer']} x {scale.small['n_embd']}, {scale.small_batch} x {scale.small['block_size']}"
+    cases.append((small, scale.small, scale.small_batch))
     for what, shape, batch in cases:
         ours, peak, first = made(bench, lambda: Run(bench, shape, batch, FAST, bench.on_gpu))  # noqa: B023 - called at once
         theirs, their_peak, _ = made(bench, lambda: NanoGPTRun(bench, shape, batch, FAST, bench.on_gpu))  # noqa: B023
@@ -797,7 +808,7 @@ def fp8(bench: Bench) -> None:
     scale = bench.scale
     if bench.on_gpu and not machine.has_fp8(bench.place):
         return bench.leave_out("fp8", "this GPU has no products of 8 bits")
-    for size in (128, 1024, *([4096] if bench.on_gpu else [])):
+    for size in scale.products:
         generator = torch.Generator().manual_seed(size)
         x, weight, grad = (torch.randn(size, size, generator=generator).to(bench.place) for _ in range(3))
         x.requires_grad_()
@@ -808,9 +819,11 @@ def fp8(bench: Bench) -> None:
         wanted |= {"gradient by x": (x.grad, grad @ weight, 0.1), "by the weight": (weight.grad, grad.T @ x, 0.1)}
         for name, (ours, theirs, bound) in wanted.items():  # e4m3 rounds by 0.026 of a number, e5m2 by twice that
             bench.tell(f"{size} x {size}: {name}, off float32's by", gap(ours, theirs), at_most=bound)
-    shape = {**scale.little, "n_layer": 6, "n_embd": 384 if bench.on_gpu else 128, "n_head": 4}
-    curves = [losses(bench, network(shape, torch.device("cpu")), bench.place, FAST, its) for its in (False, True)]
-    ends, bound = [statistics.mean(curve[-10:]) for curve in curves], 0.01 if bench.on_gpu else 0.05
+    curves = [losses(bench, network(scale.six, torch.device("cpu")), bench.place, FAST, its) for its in (False, True)]
+    ends, bound = (
+        [statistics.mean(curve[-10:]) for curve in curves],
+        0.01 if scale.updates >= 200 else 0.05,
+    )  # early on, a loss says when
     bench.tell(
         f"{scale.updates} updates of 6 layers: loss, off bfloat16's by", abs(ends[1] / ends[0] - 1), at_most=bound
     )

@@ -17,6 +17,8 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from quartz import compiled
+
 CPU = torch.device("cpu")
 # May be given tensors of two devices
 MIXING = {"copy_", "__setitem__", "__getitem__", "__set__", "set_", "_has_compatible_shallow_copy_type"}
@@ -123,6 +125,8 @@ def gpu(index: int = 0) -> Iterator[StandIn]:
         "mem_get_info": lambda *_: (2**36, 2**37), "get_device_capability": lambda *_: (9, 0),
         "get_device_properties": lambda *_: properties, "_lazy_init": lambda: None, "synchronize": lambda *_: None,
         "Stream": mock.Mock(), "stream": lambda _: contextlib.nullcontext(), "current_stream": mock.Mock(),
+        "memory_allocated": lambda *_: 2**30, "max_memory_allocated": lambda *_: 2**31,
+        "reset_peak_memory_stats": lambda *_: None, "set_sync_debug_mode": lambda _: None,
         "CUDAGraph": Graph, "graph": lambda _, **__: contextlib.nullcontext(), "empty_cache": lambda: None,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -131,3 +135,25 @@ def gpu(index: int = 0) -> Iterator[StandIn]:
         stack.enter_context(mock.patch.object(nn.Parameter, "__new__", parameter))
         stack.enter_context(mock.patch.object(clip_grad, "_group_tensors_by_device_and_dtype", by_place))
         yield stack.enter_context(StandIn())
+
+
+@contextlib.contextmanager
+def graphs(index: int = 3) -> Iterator[StandIn]:
+    """A graph that is replayed computes anew what it was captured for; nothing in that waits, which no graph may."""
+    capture, compute = compiled.GraphedStep.capture, compiled.GraphedStep.compute
+
+    def captured(self, cache):
+        capture(self, cache)
+        self.graph.replay = lambda: self.logits.copy_(self.compute())
+
+    def computed(self):
+        before = mode.waits
+        logits = compute(self)
+        assert mode.waits == before
+        return logits
+
+    with contextlib.ExitStack() as stack:
+        mode = stack.enter_context(gpu(index))
+        stack.enter_context(mock.patch.object(compiled.GraphedStep, "capture", captured))
+        stack.enter_context(mock.patch.object(compiled.GraphedStep, "compute", computed))
+        yield mode

@@ -1,13 +1,20 @@
 """The command that proves and measures all on a GPU, on a CPU: so that it is not what fails on the day."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 import time
+import types
 
 import gpu
+import gpu_steps
 import pytest
+import stand_in
+import torch
 from conftest import ROOT
+
+from quartz import machine, serving
 
 # Stands in for tests/gpu_steps.py: tells a figure, and ends as its step says
 PROGRAM = """
@@ -100,8 +107,6 @@ def test_a_missing_gpu_is_one_line():
 
 
 def test_each_step_has_a_program():
-    import gpu_steps
-
     assert [*gpu.STEPS] == [*gpu_steps.STEPS]
 
 
@@ -114,6 +119,61 @@ def test_tqdm_may_be_missing(tmp_path, monkeypatch):
         [sys.executable, "-c", use], env={"PYTHONPATH": folder}, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[0, 1, 2]\n"
+
+
+class Profiled:
+    """A profile of three kernels and a copy, which leave the GPU idle for a sixth of the time."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def events(self) -> list:
+        names = ["matmul", "norm", "Memcpy HtoD (Pinned -> Device)", "add"]
+        spans = [(0, 30), (10, 20), (40, 60), (50, 55)]
+        cuda = torch.autograd.DeviceType.CUDA
+        ranges = [types.SimpleNamespace(start=start, end=end) for start, end in spans]
+        return [
+            types.SimpleNamespace(name=name, device_type=cuda, time_range=its)
+            for name, its in zip(names, ranges, strict=True)
+        ]
+
+    def key_averages(self):
+        return types.SimpleNamespace(table=lambda **_: "")
+
+
+@pytest.mark.parametrize(
+    "step", ["machine", "agreement", "graphs", "training", "decoding", "waits", "large", "fp8", "serving"]
+)
+def test_a_step_takes_the_ways_of_a_gpu(step, tmp_path, monkeypatch):
+    """With its branches for GPUs, on the stand-in; nothing is compiled, and no other program started."""
+    wide = {**gpu_steps.TOY, "n_embd": 128}
+    scale = dataclasses.replace(gpu_steps.TINY, names=gpu_steps.FULL.names, gpt2=wide, xl=wide, xl_batches=(2, 4))
+    monkeypatch.setattr(gpu_steps, "FULL", scale)
+    monkeypatch.setattr(gpu_steps, "train", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_steps, "over_http", lambda _: None)
+    monkeypatch.setattr(gpu_steps, "logged", lambda _: [{"iter": 1, "tokens_per_s": 1.0, "mfu": 0.1}])
+    monkeypatch.setattr(machine, "memory_speed", lambda _: 1e12)
+    monkeypatch.setattr(machine, "why_no_compiler", lambda _: "")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _: None)
+    monkeypatch.setattr(torch.profiler, "profile", Profiled)
+    with stand_in.graphs() as gpu_:
+        bench = gpu_steps.Bench(step, torch.device("cuda:0"), tmp_path / "gpu.jsonl", tmp_path)
+        run = serving.Service._run
+
+        def in_its_thread(self, count):
+            with stand_in.StandIn():
+                run(self, count)
+
+        monkeypatch.setattr(serving.Service, "_run", in_its_thread)
+        gpu_steps.STEPS[step](bench)
+        assert gpu_.waits or step == "machine"
+    told = [record for record in gpu.records(tmp_path) if "what" in record]
+    slow = "data sheet's peak"  # of which a CPU reaches nothing
+    assert not [record for record in told if record["verdict"] == "FAILS" and slow not in record["what"]]
+    assert told and (step != "waits" or [r["value"] for r in told if "idle" in r["what"]] == [pytest.approx(1 / 6)])
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The paths of CUDA, and of NCCL with eight processes, as far as they can be tried without: see stand_in.py."""
 
-import contextlib
 import functools
 import inspect
 import os
@@ -53,28 +52,6 @@ def nn_linear(x: torch.Tensor) -> torch.Tensor:
 # One GPU
 
 
-@contextlib.contextmanager
-def graphs():
-    """A graph that is replayed computes anew what it was captured for; nothing in that waits, which no graph may."""
-    capture, compute = compiled.GraphedStep.capture, compiled.GraphedStep.compute
-
-    def captured(self, cache):
-        capture(self, cache)
-        self.graph.replay = lambda: self.logits.copy_(self.compute())
-
-    def computed(self):
-        before = gpu.waits
-        logits = compute(self)
-        assert gpu.waits == before
-        return logits
-
-    with contextlib.ExitStack() as stack:
-        gpu = stack.enter_context(stand_in.gpu(3))
-        stack.enter_context(mock.patch.object(compiled.GraphedStep, "capture", captured))
-        stack.enter_context(mock.patch.object(compiled.GraphedStep, "compute", computed))
-        yield
-
-
 @pytest.mark.parametrize(
     "settings", [{}, MUON, {"activation_checkpointing": True}, {"init_from": "given", "lora_rank": 2}], ids=str
 )
@@ -120,7 +97,7 @@ def test_texts_of_the_graph_are_those_of_a_cpu(tiny, train, run, settings):
     assert train(**PLAIN).code == 0
     settings = {"num_samples": 3, "max_new_tokens": 40, "dtype": "float32", "logprobs": "told.jsonl", **settings}
     theirs = run("sample.py", *flags(**settings, device="cpu", compile=False))
-    with graphs():
+    with stand_in.graphs():
         ours = run("sample.py", *flags(**settings, device="cuda"))
     assert ours.code == theirs.code == 0, ours.err
     assert ours.out == theirs.out
@@ -130,7 +107,7 @@ def test_rows_that_come_and_go_and_weights_that_change():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=50, n_layer=2, n_head=2, n_embd=32)).eval()
     prompts, how = [[1, 2, 3], [4], [5] * 40], Sampling(top_k=9)
-    with graphs():
+    with stand_in.graphs():
         own = GPT(model.config).to(PLACE).eval()
         own.load_state_dict(model.state_dict())
         engine = compiled.prepare(own, PLACE, torch.float32, False, 3, 10, False)
