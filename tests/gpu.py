@@ -1,6 +1,6 @@
 """Every path of this program on a GPU, proved and measured by one command; docs/gpu.md tells of its runs.
 
-    make gpu                                        # about 18 minutes; needs torch and numpy alone
+    make gpu                                        # about 20 minutes; needs torch and numpy alone
     make gpu DEVICE=cpu                             # at toy sizes on a CPU, which shows that the command itself runs
     python tests/gpu.py --only=training,decoding    # some of the steps, in their order
     python tests/gpu.py --minutes=9                 # what fits into that, the most useful first; then
@@ -45,13 +45,13 @@ STEPS = {  # in the order of worth: a run may be cut off
     "tests": Step(240, "tests/test_cuda.py"),
     "resume": Step(240, "a run that is cut and resumed ends in the same bits"),
     "graphs": Step(150, "the compiled model, and the CUDA graph's texts"),
-    "training": Step(240, "updates beside nanoGPT's way"),
+    "training": Step(330, "updates beside nanoGPT's way"),
     "decoding": Step(180, "tokens beside nanoGPT's way, and the share of the memory's speed"),
     "shakespeare": Step(150, "the preset's time to nanoGPT's loss"),
     "waits": Step(120, "what an update waits for"),
-    "large": Step(150, "1.5B parameters"),
+    "large": Step(270, "1.5B parameters"),
     "fsdp": Step(180, "one process of torchrun with FSDP2, and checkpoints in shards"),
-    "fp8": Step(180, "products in 8 bits: their errors, losses, speed"),
+    "fp8": Step(240, "products in 8 bits: their errors, losses, speed"),
     "serving": Step(120, "texts that many ask for at once"),
 }
 FAILED = ("crashed", "out of time")  # ways to end

@@ -352,9 +352,15 @@ def free(bench: Bench) -> None:
         torch.cuda.reset_peak_memory_stats(bench.place)
 
 
-def made(bench: Bench, make: Callable[[], Run]) -> tuple[Run, float | None, float]:
-    """A run that is warm, the peak of its memory in GiB, and the seconds until its first updates were made."""
+def made(bench: Bench, make: Callable[[], Run], beside: bool = False) -> tuple[Run, float | None, float]:
+    """A run that is warm, the peak of its memory in GiB, and the seconds until its first updates were made.
+
+    What was compiled before is forgotten, unless another run goes on `beside` it: where a shape changes, torch would
+    compile for any.
+    """
     free(bench)
+    if bench.on_gpu and not beside:
+        torch.compiler.reset()
     before, began = torch.cuda.memory_allocated(bench.place) if bench.on_gpu else 0, time.perf_counter()
     run = make()
     for _ in range(3):
@@ -406,13 +412,11 @@ def what_is_there(bench: Bench) -> None:
 
 def agreement(bench: Bench) -> None:
     """Logits, gradients and losses beside the CPU's: in float64 for one batch, in float32 over many updates."""
-    bounds = {torch.float32: (1e-5, 1e-4, 3e-3), torch.bfloat16: (2e-2, 5e-2, 1e-2), torch.float16: (3e-3, 1e-2, 1e-2)}
+    # Twice to ten times what a CPU is off by in these dtypes
+    bounds = {torch.float32: (1e-5, 1e-4, 3e-3), torch.bfloat16: (3e-2, 5e-2, 1e-2), torch.float16: (5e-3, 1e-2, 1e-2)}
     for arch in ("gpt2", "qwen3"):
         its = network(bench.scale.little, torch.device("cpu"), arch=arch)
-        if arch == "qwen3":
-            for parameter in its.parameters():  # those that begin at zero would pass nothing on
-                if not parameter.any():
-                    nn.init.normal_(parameter, std=0.02)
+        leave_zero(its)
         text = torch.from_numpy(letters()[: 4 * (its.config.block_size + 1)].astype(np.int64)).view(4, -1)
         wanted = logits_and_gradient(copy.deepcopy(its).double(), text, torch.float32)
         curve = losses(bench, its, torch.device("cpu"), torch.float32)
@@ -428,6 +432,13 @@ def agreement(bench: Bench) -> None:
             bench.tell(f"{what}: {len(ours)} losses, off the CPU's by", off, at_most=bounds[dtype][2])
             bench.tell(f"{what}: the last of them", statistics.mean(ours[-10:]))
             bench.check(f"{what}: it has learned", statistics.mean(ours[-10:]) < 0.95 * ours[0])
+
+
+def leave_zero(model: GPT) -> None:
+    """Matrices that begin at zero would pass nothing on."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
 
 
 def logits_and_gradient(model: GPT, text: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -553,6 +564,7 @@ def graphs(bench: Bench) -> None:
         bench.tell(f"losses compiled, off the plain ones in {short(dtype)} by", off, at_most=1e-3)
     for arch in ("gpt2", "qwen3"):
         model = network(scale.little, bench.place, arch=arch)
+        leave_zero(model)
         with torch.no_grad():
             model.lm_head.weight.mul_(10)  # so that it has preferences
         engine = compiled.prepare(model, bench.place, torch.float32, False, len(prompts), 100, False)
@@ -578,7 +590,7 @@ def training(bench: Bench) -> None:
     cases.append((small, scale.small, scale.small_batch))
     for what, shape, batch in cases:
         ours, peak, first = made(bench, lambda: Run(bench, shape, batch, FAST, bench.on_gpu))  # noqa: B023 - called at once
-        theirs, their_peak, _ = made(bench, lambda: NanoGPTRun(bench, shape, batch, FAST, bench.on_gpu))  # noqa: B023
+        theirs, their_peak, _ = made(bench, lambda: NanoGPTRun(bench, shape, batch, FAST, bench.on_gpu), True)  # noqa: B023
         turns = [(ours.turn(), theirs.turn()) for _ in range(scale.rounds)]
         seconds, their_seconds = (statistics.median(its) for its in zip(*turns, strict=True))
         tell_training(bench, what, ours, seconds, peak, 0.5 if shape is scale.gpt2 else None)
