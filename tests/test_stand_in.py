@@ -134,6 +134,7 @@ def test_a_device_of_cuda_has_its_number():
         for name, place in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:3", "cuda:3")):
             assert machine.pick_device(name) == torch.device(place)
             torch.cuda.set_device(machine.pick_device(name))
+        compiled.prepare(GPT(GPTConfig(8, 8, 1, 1, 4)), torch.device("cuda"), torch.float32, False, 1, 1, False)
 
 
 def test_peaks_are_found_by_the_name():
