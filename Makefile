@@ -2,6 +2,7 @@
 # requirements.lock. The README shows the plain commands behind them.
 
 PYTHON ?= python3
+DEVICE ?= cuda
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -14,7 +15,7 @@ parallel = -n auto --dist=worksteal
 tests = $(1)/bin/python -m pytest $(parallel) -m "not alone$(2)"$(3) && \
     $(1)/bin/python -m pytest -m "alone$(2)"$(3) $$(grep -l "mark.alone" tests/test_*.py)
 
-.PHONY: install demo test test-slow test-clients test-all test-latest test-oldest lock notebooks clean
+.PHONY: install demo test test-slow test-clients test-all test-latest test-oldest gpu lock notebooks clean
 
 install: $(VENV)/installed
 
@@ -89,6 +90,10 @@ test-latest: .venv-latest/made
 	.venv-latest/bin/python -m pip list
 	$(call tests,.venv-latest, and not clients)
 
+# Takes the environment that is there, else PYTHON as it is: a machine with a GPU may have no network, and needs torch alone.
+gpu:
+	$(if $(wildcard $(VENV)/installed),$(BIN)/python,$(PYTHON)) tests/gpu.py --device=$(DEVICE)
+
 # One lock for all systems and for each Python that pyproject.toml admits. torch's CUDA builds name what they need of CUDA
 # themselves, each its own.
 lock: .venv-lock/made
@@ -105,4 +110,4 @@ notebooks: $(VENV)/notebooks
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", ("language_info", "name")}' notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-* out-demo *.egg-info tests/npm/node_modules
+	rm -rf .venv .venv-* out-demo out-gpu *.egg-info tests/npm/node_modules

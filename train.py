@@ -72,6 +72,7 @@ sharded_checkpoint = False  # with fsdp: folders last.dcp and ckpt.dcp, where on
 backend = "nccl"  # of torch.distributed on GPUs: nccl, gloo, …; CPUs use gloo
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is bfloat16 where the device computes in it
+fp8 = False  # multiply in 8 bits in the blocks, on GPUs that can (H100 and later): pays for large models, compiled
 compile = True  # compile the model with torch.compile
 seed = 1337  # of the weights, the order of the data, and dropout
 deterministic = False  # the same bits in each run on a GPU too; slower
@@ -91,7 +92,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from quartz import checkpoint, kernels, lora, machine, optim, ranks, run_folder, shards, sources, update
+from quartz import checkpoint, float8, kernels, lora, machine, optim, ranks, run_folder, shards, sources, update
 from quartz.log import Log, start_wandb, tell_beginning
 
 
@@ -111,7 +112,7 @@ def check_settings() -> None:
         lambda: ranks.check_share(gradient_accumulation_steps),
         lambda: sources.check(init_from, out_dir, scratch=True),
         lambda: shards.find(dataset),
-        lambda: machine.check_machine(device, dtype),
+        lambda: machine.check_machine(device, dtype, fp8),
         lambda: optim.multipliers(lr_multipliers),
     ]
     if not eval_only and not (init_from == "resume" and not os.path.isdir(out_dir)):
@@ -223,6 +224,7 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
     config |= sources.settled(raw_model, state)
     sources.tell_changes(config, state)
     kernels.install(raw_model)
+    float8.install(raw_model, fp8)
     raw_model.activation_checkpointing = activation_checkpointing
     if compile:
         machine.compile_model(raw_model, place)

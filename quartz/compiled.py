@@ -102,7 +102,7 @@ def prepare(
     With more than MAX_COMPILED_ROWS rows in bfloat16, on a CPU that computes in it, products are in bfloat16 too: that
     is twice as fast.
     """
-    if place.type == "cuda":
+    if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)  # where graphs are captured
     if place.type != "cpu":
         return (GraphedStep if place.type == "cuda" else Engine)(model, place, dtype, gives_up=gives_up)
@@ -179,7 +179,9 @@ class GraphedStep(Engine):
                 self.compute()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(
+            self.graph, capture_error_mode="thread_local"
+        ):  # others may load the next model meanwhile
             self.logits = self.compute()
 
     @torch.no_grad()

@@ -23,16 +23,30 @@ HUGE_PAGE = 2**21
 # Dense 16-bit matrix peak of a device in FLOP/s, by a part of its name (makers' data sheets); the first match counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 836e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 836e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "A10": 125e12,
     "4090": 165e12,
     "3090": 71e12,
+}
+# Likewise, bytes/s that it reads from its memory
+PEAK_MEMORY_SPEED = {
+    "B200": 8e12,
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100 NVL": 3.9e12,
+    "H100": 3.35e12,
+    "A100-SXM4-80GB": 2.039e12,
+    "A100 80GB PCIe": 1.935e12,
+    "A100": 1.555e12,
 }
 
 
@@ -101,14 +115,16 @@ def no_memory() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; for 'auto' the first there is of cuda, mps and cpu. Raises UserError for any other."""
+    """The device of that name; for 'auto' the first there is of cuda, mps and cpu. Raises UserError for any other.
+
+    One of CUDA always has its number, without which torch.cuda.set_device refuses it.
+    """
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
+    name = next(kind for kind, available in there.items() if available) if name == "auto" else name
     kind, _, index = name.partition(":")
     if kind not in there or (index and not index.isdigit()):
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
@@ -117,7 +133,7 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if index and int(index) >= count:
         raise UserError(f"device {name!r} is not there: the last one is {kind}:{count - 1}")
-    return torch.device(name)
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(name)
 
 
 def sampling_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -141,11 +157,29 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def check_machine(device: str, dtype: str) -> None:
-    """Raises one UserError with what is wrong in either name, or in the two together."""
+def check_machine(device: str, dtype: str, fp8: bool = False) -> None:
+    """Raises one UserError with what is wrong in either name, or in the two together; or where fp8 is wanted, and the
+    device has none.
+    """
     known = dtype in ("auto", *DTYPES)
-    rule = (known, f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
-    check([rule], [lambda: pick_dtype(dtype if known else "auto", pick_device(device))])
+
+    def look() -> None:
+        place = pick_device(device)
+        computed = pick_dtype(dtype if known else "auto", place)
+        if fp8 and not has_fp8(place):
+            raise UserError(
+                f"fp8=True needs a GPU of compute capability 8.9 or more, which {place} is not: leave it out"
+            )
+        if fp8 and computed != torch.bfloat16:
+            raise UserError(f"fp8=True goes with dtype=bfloat16, not {dtype}")
+
+    check([(known, f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")], [look])
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies numbers of 8 bits, e4m3 and e5m2 as the OCP has them, in hardware."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def cpu_has_bfloat16() -> bool:
@@ -206,8 +240,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The device's matrix peak in FLOP/s at 16 bits; None where it is not known."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
+    return _by_name(PEAK_FLOPS, device)
+
+
+def peak_memory_speed(device: torch.device) -> float | None:
+    """Bytes/s that the device reads from its memory, as its maker says; None where it is not known."""
+    return _by_name(PEAK_MEMORY_SPEED, device) if device.type == "cuda" else None
+
+
+def _by_name(figures: dict[str, float], device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((figure for part, figure in figures.items() if part in name), None)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -222,8 +265,9 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def memory_speed(device: torch.device) -> float:
-    """Bytes/s that the device reads from its memory: a sum over half a gibibyte, the best of five."""
-    data, times = torch.ones(2**27, device=device), []
+    """Bytes/s that the device reads from its memory: a sum over half a gibibyte, the best of five; on a GPU over 4 GiB,
+    beside which the launch and the wait count little."""
+    data, times = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device), []
     for _ in range(5):
         began = time.perf_counter()
         data.sum().item()  # which waits for a GPU

@@ -54,8 +54,10 @@ def start_processes(device: str, backend: str) -> tuple[Processes, torch.device]
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun's store outlives its restarts, and with it the addresses of processes that are gone
         store = dist.PrefixStore(f"attempt {attempt()}", store)
+        # Bound to its device NCCL connects at once, and need not guess at a barrier; gloo can't be
+        bound = found if found.type == "cuda" and "nccl" in backend else None
         with output_as_remarks():
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=bound)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"backend={backend} could not start: {error}") from error
     return processes, found

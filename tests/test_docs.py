@@ -92,6 +92,9 @@ HOW = {
     # docs/installing.md
     'python -m pip install -c requirements.lock -e ".[test]"': INSTALL,
     "python -m pytest": INSTALL,
+    # docs/gpu.md
+    "make gpu": Told("test_gpu.test_the_whole_command_runs_at_toy_sizes"),
+    "make gpu DEVICE=cpu": Told("test_gpu.test_the_whole_command_runs_at_toy_sizes"),
     # docs/numbers.md, docs/sampling.md
     "python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3": (
         Told("test_docs.test_peers_runs_as_the_pages_say")
@@ -222,7 +225,7 @@ def test_commands_are_found_wherever_they_may_stand():
 
 
 def settings_of(script: str) -> set[str]:
-    """The settings of a verb or of a data set's script, as --help calls them; those of tests/peers.py."""
+    """The settings of a verb or of a data set's script, as --help calls them; those of a script in tests/."""
     text = (ROOT / script).read_text(encoding="utf-8")
     if "configurator.configure(" in text:
         head = text.partition("configurator.configure(")[0]
@@ -292,7 +295,9 @@ def check_words(command: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_commands_of_a_page_name_is_there(name):
     """In its sentences too, where single settings stand as well."""
-    known = {"key"}.union(*map(settings_of, (*SCRIPTS, "tests/peers.py")))  # --key=value is how one is written
+    known = {"key"}.union(
+        *map(settings_of, (*SCRIPTS, "tests/peers.py", "tests/gpu.py"))
+    )  # --key=value is how one is written
     for command in (*commands(ROOT / name), *in_sentences(ROOT / name)):
         if command.startswith("--"):
             words = {word[2:].partition("=")[0] for word in command.split() if word.startswith("--")}
