@@ -102,11 +102,10 @@ def _configure(scope: dict, argv: list[str]) -> set[str]:
     if problems:
         raise UserError(*problems)
     scope.update({name: now[name] for name in given})
-    if os.environ.get("RANK", "0") == "0":
-        for name in sorted(given):
-            shown = "(not shown)" if name.endswith("_key") else repr(scope[name])  # a secret
-            with contextlib.suppress(OSError):  # a log that can't be written
-                print(f"Overriding: {name} = {shown}", file=sys.stderr)  # standard output is for results
+    for name in sorted(given) if os.environ.get("RANK", "0") == "0" else ():
+        shown = "(not shown)" if name.endswith("_key") else repr(scope[name])  # a secret
+        with contextlib.suppress(OSError):  # a log that can't be written
+            print(f"Overriding: {name} = {shown}", file=sys.stderr)  # standard output is for results
     return given
 
 

@@ -226,8 +226,7 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
     kernels.install(raw_model)
     float8.install(raw_model, fp8)
     raw_model.activation_checkpointing = activation_checkpointing
-    if compile:
-        machine.compile_model(raw_model, place)
+    machine.compile_model(raw_model, place, compile)
     if fsdp:
         from quartz import sharding
 

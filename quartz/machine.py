@@ -204,14 +204,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
-def compile_model(model: GPT, device: torch.device) -> None:
-    """Compiles the model's blocks, in place, which keeps its state-dict keys. Warns where there is no compiler.
+def compile_model(model: GPT, device: torch.device, wanted: bool = True) -> None:
+    """Compiles the model's blocks, in place, which keeps its state-dict keys, if it is `wanted`. Warns where there is
+    no compiler.
 
     The blocks share one piece of compiled code, so that depth costs no compile time. The embeddings stay out: compiled
     for a CPU, their gradient is summed by atomic additions in whatever order, and no two runs would be equal.
     """
-    why = why_no_compiler(device)
-    if why:
+    if not wanted:
+        return
+    if why := why_no_compiler(device):
         print(f"warning: compile=True is not possible ({why}); going on without", file=sys.stderr)
         return
     for block in model.transformer.h:
