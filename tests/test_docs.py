@@ -56,6 +56,7 @@ FEW = f"{ON_CPU} --max_new_tokens=20"
 ALL = "test_faults.test_several_processes_do_what_one_does"
 INSTALL = Told("tests/test_pins.py, and every test: they run in what it makes")
 SBATCH = Told("test_faults.test_a_slurm_job_goes_back_into_the_queue_and_resumes")
+PARTS = Told("test_parts.test_a_part_that_is_killed_is_done_again_alone")
 
 HOW = {
     # README.md
@@ -89,6 +90,11 @@ HOW = {
         Tried("--tokenizer=byte", "data/crawl/train.bin", needs="zstandard")
     ),
     "python train.py --dataset=text": Tried(SMALL, "out/ckpt.pt"),
+    "python data/text/prepare.py --source='crawl/**/*.jsonl.zst' --out=data/crawl --part=1/3": PARTS,
+    "python data/text/prepare.py --source='crawl/**/*.jsonl.zst' --out=data/crawl --join=3": PARTS,
+    "bash docs/prepare.slurm 16 data/text/prepare.py --source='/shared/crawl/*.jsonl.zst' --out=/shared/data/crawl": (
+        Told("test_parts.test_a_slurm_job_array_prepares_the_parts_and_a_job_joins_them")
+    ),
     # docs/installing.md
     'python -m pip install -c requirements.lock -e ".[test]"': INSTALL,
     "python -m pytest": INSTALL,
@@ -280,6 +286,9 @@ def check_words(command: str) -> None:
         check_script(*words)
     elif first in SCRIPTS or first == "docs/train.slurm":
         check_script(first, *words)
+    elif first == "bash":
+        assert (ROOT / words[0]).is_file(), words[0]
+        check_script(*words[2:])
     elif first == "sbatch":
         script = words.index("docs/train.slurm")
         check_script("train.py", *words[script + 1 :])
@@ -297,7 +306,7 @@ def test_what_the_commands_of_a_page_name_is_there(name):
         if command.startswith("--"):
             words = {word[2:].partition("=")[0] for word in command.split() if word.startswith("--")}
             assert words <= known, f"{command}: no script has this setting"
-        elif re.match(r"(python3?|pip|uv|make|torchrun|sbatch|\w+\.py)\b", command):
+        elif re.match(r"(python3?|pip|uv|make|torchrun|sbatch|bash|\w+\.py)\b", command):
             check_words(command)
 
 

@@ -220,3 +220,76 @@ def test_what_makes_no_sense_is_one_line(tmp_path, source, run, name):
     assert_user_error(script(f"--source={source}", "--join=3"), "3 of 3 parts are not whole")
     assert script(f"--source={source}", "--join=2").code == 0
     assert (tmp_path / "out" / "meta.json").exists() and not (tmp_path / "out" / corpus.PARTS).exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# docs/prepare.slurm, among stand-ins of SLURM's commands
+
+
+SBATCH = """\
+import os, subprocess, sys
+options, (script, *arguments) = sys.argv[1:3], sys.argv[3:]
+print(*options, file=open("sbatch.txt", "a"))
+tasks = [option.partition("1-")[2] for option in options if option.startswith("--array=")]
+for task in range(int(tasks[0]), 0, -1) if tasks else [None]:
+    job = {"SLURM_JOB_ID": "7"} | ({"SLURM_ARRAY_TASK_ID": str(task)} if tasks else {})
+    if not tasks and os.path.exists("failed.txt"):
+        os.remove("failed.txt")
+        break  # its dependency is never satisfied
+    done = subprocess.run(["bash", script, *arguments], env=os.environ | job, stdout=sys.stderr)
+    if done.returncode:
+        open("failed.txt", "w").close()
+if tasks:
+    print("41;cluster")
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stands in a folder, with sbatch that does its job at once, the tasks of an array backwards."""
+    if shutil.which("bash") is None:
+        pytest.skip("this system has no bash")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "sbatch.py").write_text(SBATCH)
+    stand_ins = {
+        "sbatch": f'exec {sys.executable} {tmp_path}/sbatch.py "$@"',
+        "srun": '[ ! -e "fail_${SLURM_ARRAY_TASK_ID:-}" ] || exit 2; exec "$@"',
+        "python": f'exec {sys.executable} "$@"',
+        "scontrol": 'echo "$@" > scontrol.txt',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_slurm_job_array_prepares_the_parts_and_a_job_joins_them(slurm, source, run):
+    """A part that fails keeps the others from being joined; the same line again does it, and joins."""
+    script = [str(ROOT / "data/text/prepare.py"), f"--source={source}", "--tokenizer=char"]
+    line = ["bash", str(ROOT / "docs" / "prepare.slurm"), "3", *script, f"--out={slurm}/out"]
+    (slurm / "fail_2").touch()
+    assert subprocess.run(line, capture_output=True).returncode == 0
+    submitted = ["--parsable --array=1-3", "--dependency=afterok:41 --kill-on-invalid-dep=yes"]
+    assert (slurm / "sbatch.txt").read_text().splitlines() == submitted
+    assert sorted(path.name for path in (slurm / "out" / corpus.PARTS).glob("*_of_*")) == ["1_of_3", "3_of_3"]
+    assert contents(slurm / "out") == {}
+    (slurm / "fail_2").unlink()
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run(script[0], *script[1:], f"--out={slurm}/whole").code == 0
+    assert contents(slurm / "out") == contents(slurm / "whole")
+
+
+def test_a_part_that_slurm_interrupts_goes_back_into_the_queue(slurm):
+    (slurm / "bin" / "srun").write_text("#!/bin/bash\ntouch begun; trap 'exit 143' TERM; while :; do sleep 0.1; done\n")
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    process = subprocess.Popen(["bash", str(ROOT / "docs" / "prepare.slurm"), "3", "x.py"], env=os.environ | job)
+    deadline = time.monotonic() + 20
+    while not (slurm / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+    assert (slurm / "scontrol.txt").read_text() == "requeue 7\n"
