@@ -54,6 +54,7 @@ BATCH_CHARS = 2**19  # what a thread encodes at a time
 BPE_VOCABULARY = 8192
 SAVE_SECONDS = 5.0  # between two notes of the place
 TRAINING_CHARS = 10**9  # that a BPE is trained on, at the most
+AHEAD = 64  # texts that are read at a time, while others are trained on
 REPORT_CHARS = 2**22  # held-out text that tokenizers are compared on
 NOTE = "prepare.json"  # the place, in the data set's folder
 PARTS = "parts"  # the folder in it of those that are not joined yet: a folder each, and a note of what they share
@@ -462,10 +463,10 @@ class Preparation:
         needs("tokenizers", "training a tokenizer", "data")
         began, sample, seen = time.perf_counter(), [], {"train": 0, "val": 0}
         texts, size = self._training_texts(seen, sample), self.recipe.vocab_size or BPE_VOCABULARY
-        tokenizer = BPETokenizer.train(texts, size, self.recipe.pattern)
+        tokenizer = BPETokenizer.train(_ahead(texts), size, self.recipe.pattern)
         seconds = time.perf_counter() - began
         print(f"trained {tokenizer.vocab_size:,} tokens on {seen['train']:,} characters in {seconds:.1f} s")
-        _compare(tokenizer, sample)
+        _compare(tokenizer, sample, self.workers)
         return tokenizer
 
     def _training_texts(self, seen: dict[str, int], sample: list[str]) -> Iterator[str]:
@@ -611,14 +612,24 @@ def _encoded(tokenizer: Tokenizer, batch: list[tuple[str, str, int, bool]]) -> d
     return {split: np.concatenate(ids) for split, ids in parts.items() if ids}
 
 
-def _compare(tokenizer: Tokenizer, sample: list[str]) -> None:
+def _ahead(texts: Iterator[str]) -> Iterator[str]:
+    """The same, of which a thread reads some while those before them are in use."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(lambda: [*itertools.islice(texts, AHEAD)])
+        while read := coming.result():
+            coming = reader.submit(lambda: [*itertools.islice(texts, AHEAD)])
+            yield from read
+
+
+def _compare(tokenizer: Tokenizer, sample: list[str], workers: int) -> None:
     """Prints how many bytes a token stands for, beside GPT-2's, on text that neither was trained on."""
     size = sum(len(text.encode()) for text in sample)
     if not size:
         return
 
     def bytes_a_token(its: Tokenizer) -> float:
-        return size / sum(len(its.encode_to_numpy(text)) for text in sample)
+        with ThreadPoolExecutor(workers) as pool:
+            return size / sum(map(len, pool.map(its.encode_to_numpy, sample)))
 
     line = f"on {size:,} bytes held out: {bytes_a_token(tokenizer):.3f} bytes a token"
     try:
