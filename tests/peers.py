@@ -322,10 +322,7 @@ def compare_preparations(path: str, rounds: int) -> None:
     print(json.dumps(record))
 
 
-VOCABULARY = 2**15
-
-
-def train_and_encode(path: str) -> None:
+def train_and_encode(path: str, vocab_size: int) -> None:
     """What tokenizers and tiktoken take by themselves, with a file's texts at hand, to train a BPE on what is not held
     out, and to encode all on as many threads. The ids are thrown away."""
     import tiktoken
@@ -343,8 +340,8 @@ def train_and_encode(path: str) -> None:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainee = tokenizers.Tokenizer(models.BPE())
     trainee.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    size = VOCABULARY - len(SPECIALS)
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=to_bytes.alphabet(), show_progress=False)
+    size, alphabet = vocab_size - len(SPECIALS), to_bytes.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     trainee.train_from_iterator(trained_on, trainer)
     trained, byte_of = time.perf_counter(), printable_bytes()
     ranks = {bytes(byte_of[char] for char in token): i for token, i in trainee.get_vocab().items()}
@@ -356,17 +353,19 @@ def train_and_encode(path: str) -> None:
     print(json.dumps({**times, "tokens": tokens, "bytes": sum(len(text.encode()) for text in texts)}))
 
 
-def compare_bpe(path: str, rounds: int) -> None:
+def compare_bpe(path: str, vocab_size: int, rounds: int) -> None:
     """data/text/prepare.py, the whole process, in turns with the two libraries by themselves."""
     rows = []
     for nth in range(rounds):
         row = {}
         for name in ("ours", "libraries")[:: 1 if nth % 2 else -1]:
             with tempfile.TemporaryDirectory() as folder:
-                command = ["data/text/prepare.py", f"--source={path}", "--tokenizer=bpe", f"--vocab_size={VOCABULARY}"]
-                command = [*command, f"--out={folder}"] if name == "ours" else [__file__, f"--bpe_alone={path}"]
+                command = ["data/text/prepare.py", f"--source={path}", "--tokenizer=bpe", f"--out={folder}"]
+                command = [sys.executable, *(command if name == "ours" else [__file__, f"--bpe_alone={path}"])]
                 began = time.perf_counter()
-                process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                process = subprocess.Popen(
+                    [*command, f"--vocab_size={vocab_size}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+                )
                 told = process.stdout.read().splitlines()
                 _, status, used = os.wait4(process.pid, 0)
                 if status:
@@ -405,6 +404,7 @@ def main() -> None:
     parser.add_argument("--sample", metavar="OUT_DIR", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--prepare", metavar="FILE", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--bpe", metavar="FILE", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--vocab_size", type=int, default=2**15, help="with --bpe")
     parser.add_argument("--bpe_alone", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--train", metavar="PRESET", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--busy", metavar="PRESET", type=lambda path: str(Path(path).resolve()))
@@ -428,9 +428,9 @@ def main() -> None:
     if options.prepare:
         return compare_preparations(options.prepare, options.rounds)
     if options.bpe:
-        return compare_bpe(options.bpe, options.rounds)
+        return compare_bpe(options.bpe, options.vocab_size, options.rounds)
     if options.bpe_alone:
-        return train_and_encode(options.bpe_alone)
+        return train_and_encode(options.bpe_alone, options.vocab_size)
     if options.sample_slowly:
         return sample_as_nanogpt_does(options.sample_slowly)
     if options.work:

@@ -179,6 +179,7 @@ PEERS = {  # the same of tests/peers.py, sentences included
     "python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3": f"{ONCE} --steps=260 --max_iters=2",
     "python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char --rounds=2 --steps=50": FEW_STEPS,
     "python tests/peers.py --prepare=FILE.jsonl": ONCE,
+    "python tests/peers.py --bpe=FILE.jsonl --rounds=1": "--vocab_size=300",
 }
 SHAPE = {"block_size": 64, "vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 64}
 YOURS = ("config/mine.py", "FILE", "FOLDER", "BASE")  # what a page leaves to the reader
