@@ -4,8 +4,12 @@ Files hold documents. A document, or a passage of a long text file, is held out 
 it says, so that no other file has a say in it. Threads turn the pieces into ids; one writer puts them on disk in the
 order in which they were read. So the result does not depend on the number of threads, and memory holds a few pieces.
 Every few seconds the place is noted that all on disk stems from: a preparation that was killed goes on there.
+
+Several processes, on several machines too, can share the work. Each takes one range of the text's bytes, and keeps what
+it makes of it in a folder of its own, until a last step joins them all.
 """
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -14,6 +18,8 @@ import itertools
 import json
 import os
 import pickle
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,8 +54,11 @@ BATCH_CHARS = 2**19  # what a thread encodes at a time
 BPE_VOCABULARY = 8192
 SAVE_SECONDS = 5.0  # between two notes of the place
 TRAINING_CHARS = 10**9  # that a BPE is trained on, at the most
+AHEAD = 64  # texts that are read at a time, while others are trained on
 REPORT_CHARS = 2**22  # held-out text that tokenizers are compared on
 NOTE = "prepare.json"  # the place, in the data set's folder
+PARTS = "parts"  # the folder in it of those that are not joined yet: a folder each, and a note of what they share
+COPIED_TOKENS = 2**20  # at a time, where parts are joined
 AGAIN = "run it again when it can, and it goes on"
 
 
@@ -132,6 +141,14 @@ class Shards:
                     self.sync()
                     self._files.pop(split).close()
 
+    def read(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What was written: (split, tokens), each split from its first token to its last."""
+        for split in SPLITS:
+            for number in range(-(-self.counts[split]["tokens"] // self.shard_tokens)):
+                with open(self._path(split, number), "rb") as file:
+                    while block := file.read(COPIED_TOKENS * self.dtype.itemsize):
+                        yield split, np.frombuffer(block, self.dtype)
+
     def sync(self) -> None:
         """What was written reaches the disk."""
         for file in self._files.values():
@@ -191,11 +208,11 @@ def _publish(folder: Path, shards: Shards, tokenizer: Tokenizer, note: dict | No
     names = {f"{name}.tmp": name for name in contents} | shards.names()
     if note:
         files.write(folder / NOTE, json.dumps({**note, "publish": names}).encode())
-    _rename(folder, names)
+    _rename(folder, names, bool(note and "joined" in note))
 
 
-def _rename(folder: Path, names: dict[str, str]) -> None:
-    """Puts new files in place of the old ones, as far as it is not done yet.
+def _rename(folder: Path, names: dict[str, str], joined: bool = False) -> None:
+    """Puts new files in place of the old ones, as far as it is not done yet; of what was joined the parts go.
 
     Training's go first and come last: without them a folder counts as not prepared.
     """
@@ -207,6 +224,8 @@ def _rename(folder: Path, names: dict[str, str]) -> None:
     for name in sorted(names, key=lambda name: (name.startswith("train"), name)):
         if (folder / name).exists():
             files.replace(folder / name, folder / names[name])
+    if joined:
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
     (folder / NOTE).unlink(missing_ok=True)
 
 
@@ -231,32 +250,66 @@ def prepare(
     recipe: Recipe,
     fetched: Callable[[], list[Path]] | None = None,
     validation: str = "",
+    part: str = "",
+    join: int = 0,
 ) -> None:
     """Makes `folder` a data set of what `source` names, or, where that is empty, of the files that `fetched` returns.
 
-    validation: if files have this in their names, what they hold is held out, in place of a share of all. Raises
+    validation: if files have this in their names, what they hold is held out, in place of a share of all.
+    part: i/n makes the i-th of n parts alone. join: n makes the data set of n parts, once all are there. Raises
     UserError for all that is wrong with the recipe, and for sources that can't be read.
     """
     paths, source, folder = [], os.path.expanduser(source), folder.expanduser()
+    number, count = _numbers(part)
+    rules = [(False, line) for line in recipe.problems()]
+    rules += [
+        (not part or 1 <= number <= count, f"part must be i/n, with i from 1 to n, such as 2/8, not {part!r}"),
+        (join >= 0, f"join must be the number of parts, not {join}"),
+        (not (part and join), "part and join exclude each other: the parts first, then join"),
+    ]
     if by_source := bool(source) or fetched is None:
-        check([(False, line) for line in recipe.problems()], [lambda: paths.extend(files_of(source))])
+        check(rules, [lambda: paths.extend(files_of(source))])
     else:
-        check([(False, line) for line in recipe.problems()])
-    with files.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with files.claimed(folder, "preparation"):
-        Preparation(folder, paths if by_source else fetched(), recipe, validation).run()
+        check(rules)
+    place = folder / PARTS / f"{number}_of_{count}" if part else folder
+    with files.writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    if not part:
+        with files.claimed(folder, "preparation"):
+            whole = Preparation(folder, paths if by_source else fetched(), recipe, validation)
+            whole.join(join) if join else whole.run()
+        return
+    with files.claimed(place, "preparation"):
+        with files.claimed(folder / PARTS, "preparation", wait=True):  # what all need, the first one makes
+            its = Preparation(place, paths if by_source else fetched(), recipe, validation, (number, count))
+            tokenizer = its.shared_tokenizer()
+        its.run(tokenizer)
+
+
+def _numbers(part: str) -> tuple[int, int]:
+    """i and n of i/n; 0 of 0 where it is none."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 class Preparation:
-    """One way from files to a data set, or the rest of a way that was begun."""
+    """One way from files to a data set, or to one part of it; or the rest of a way that was begun.
 
-    def __init__(self, folder: Path, paths: list[Path], recipe: Recipe, validation: str):
+    A part is a range of all files' bytes in a row, with the documents, or passages, that end in it: so parts are of a
+    size however large the files are, one file can be shared out, and the parts' tokens, one behind the other, are the
+    whole's. What a part finds before its range in the first of its files is read and passed over.
+    """
+
+    def __init__(
+        self, folder: Path, paths: list[Path], recipe: Recipe, validation: str, part: tuple[int, int] | None = None
+    ):
         self.folder, self.paths, self.recipe = folder, paths, recipe
         self.validation = {path for path in paths if validation and validation in path.name}
         self.stamps = [_stamp(path) for path in paths]
         self.sizes = [size for size, _ in self.stamps]
         self.ends = [0, *itertools.accumulate(self.sizes)]
+        self.part, (number, count) = part, part or (1, 1)
+        self.begin, self.end = (self.ends[-1] * nth // count for nth in (number - 1, number))
         self.passage = PASSAGE
         if len(paths) == 1 and is_text(paths[0]):
             size = self.sizes[0] if paths[0].suffix not in PACKED else self._unpacked_size()
@@ -264,19 +317,20 @@ class Preparation:
         self.workers = recipe.workers or threads.cores()
         told = [dataclasses.asdict(dataclasses.replace(recipe, workers=0))]
         told += [validation, [str(path.resolve()) for path in paths], self.stamps]
+        told += [sys.version_info[:2]]  # how far a .gz file is read at a time differs, and so where a part ends
         self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def _unpacked_size(self) -> int:
         return sum(len(piece.text.encode("utf-8", "replace")) for piece in pieces_of(self.paths[0], self.recipe.field))
 
-    def run(self) -> None:
+    def run(self, tokenizer: Tokenizer | None = None) -> None:
+        """tokenizer: where it is not to be made here."""
         with files.writing(self.folder, AGAIN):
             note = self._noted()
             if "publish" in note:
-                _rename(self.folder, note["publish"])
-                _tell(note["counts"])
+                self._end_publishing(note)
                 return
-            tokenizer = from_data(note["tokenizer"]) if note else self.make_tokenizer()
+            tokenizer = tokenizer or (from_data(note["tokenizer"]) if note else self.make_tokenizer())
             try:
                 shards = Shards(self.folder, _dtype(tokenizer), self.recipe.shard_tokens, note.get("counts"))
             except UserError as problem:
@@ -285,29 +339,95 @@ class Preparation:
             note = note or {
                 "identity": self.identity,
                 "tokenizer": tokenizer.to_data(),
-                "place": {"file": 0, "piece": 0, "open": None, "read": 0},
+                "place": {"file": self._first_file(), "piece": 0, "open": None, "read": self.begin},
                 "counts": shards.counts,
             }
-            if note["place"]["read"]:
-                print(f"going on at {note['place']['read'] / max(1, self.ends[-1]):.0%} of the text")
+            if (read := note["place"]["read"] - self.begin) > 0:
+                print(f"going on at {read / (self.end - self.begin):.0%} of the {'part' if self.part else 'text'}")
             try:
                 self._encode_all(tokenizer, shards, note)
                 self._check_unchanged()
+                if self.part:
+                    shards.sync()
+                    files.write(self.folder / NOTE, json.dumps({**note, "tokenizer": None, "is_whole": True}).encode())
+                else:
+                    _publish(self.folder, shards, tokenizer, note)
+            finally:
+                shards.close()
+            _tell(shards.counts)
+
+    def _end_publishing(self, note: dict) -> None:
+        _rename(self.folder, note["publish"], "joined" in note)
+        _tell(note["counts"])
+
+    def _first_file(self) -> int:
+        """The first that holds something of this part."""
+        return max(0, bisect.bisect_left(self.ends, self.begin) - 1)
+
+    def shared_tokenizer(self) -> Tokenizer:
+        """That of all parts, made where there is none yet. Raises UserError where the parts are of another identity."""
+        noted = _read_note(self.folder.parent)
+        if not noted:
+            noted = {"identity": self.identity, "tokenizer": self.make_tokenizer().to_data()}
+            with files.writing(self.folder, AGAIN):
+                own = self.folder / f"{PARTS}.tmp"  # of this part alone: some file systems know no locks
+                files.write_through(own, json.dumps(noted).encode())
+                files.replace(own, self.folder.parent / NOTE)
+        self._check_same(noted, self.folder.parent)
+        return from_data(noted["tokenizer"])
+
+    def _check_same(self, note: dict, folder: Path) -> None:
+        if note["identity"] != self.identity:
+            raise UserError(f"{folder} is of another text, recipe or Python: take that one, or delete the folder")
+
+    def join(self, count: int) -> None:
+        """Makes the data set of `count` parts, and deletes these. Raises UserError where some are not whole."""
+        with files.writing(self.folder, AGAIN):
+            note = self._noted()
+            if "publish" in note:
+                self._end_publishing(note)
+                return
+            tokenizer, parts = self._whole_parts(count)
+            (self.folder / NOTE).unlink(missing_ok=True)
+            shards = Shards(self.folder, _dtype(tokenizer), self.recipe.shard_tokens)
+            try:
+                for part in parts:
+                    for split, tokens in part.read():
+                        shards.write(split, tokens)
+                    for split, key in itertools.product(SPLITS, ("bytes", "documents")):
+                        shards.counts[split][key] += part.counts[split][key]
+                self._check_unchanged()
+                note = {"identity": self.identity, "counts": shards.counts, "joined": True}
                 _publish(self.folder, shards, tokenizer, note)
             finally:
                 shards.close()
             _tell(shards.counts)
 
+    def _whole_parts(self, count: int) -> tuple[Tokenizer, list[Shards]]:
+        """Their tokenizer, and all `count` parts. Raises UserError where one is not whole, or not of this identity."""
+        folders = [self.folder / PARTS / f"{number}_of_{count}" for number in range(1, count + 1)]
+        notes, parts = [{**_read_note(folder), "tokenizer": None} for folder in folders], []
+        if lacking := [f"{n}/{count}" for n, note in enumerate(notes, 1) if not note.get("is_whole")]:
+            more = " …" if len(lacking) > 9 else ""
+            raise UserError(f"{len(lacking)} of {count} parts are not whole: --part={', '.join(lacking[:9])}{more}")
+        shared = _read_note(self.folder / PARTS)
+        tokenizer = from_data(shared.get("tokenizer"))
+        for folder, note in zip([self.folder / PARTS, *folders], [shared, *notes], strict=True):
+            self._check_same(note, folder)
+        for number, (folder, note) in enumerate(zip(folders, notes, strict=True), 1):
+            try:
+                parts.append(Shards(folder, _dtype(tokenizer), self.recipe.shard_tokens, note["counts"]))
+            except UserError as problem:
+                raise UserError(f"{problem}: prepare --part={number}/{count} again") from problem
+        return tokenizer, parts
+
     def _noted(self) -> dict:
         """The note of an earlier, unfinished preparation of the same files by the same recipe; else nothing."""
-        try:
-            note = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
-            if note["identity"] == self.identity:
-                return note
+        note = _read_note(self.folder)
+        if note and note["identity"] != self.identity:
             print("note: what was begun here is of another text or recipe: beginning anew", file=sys.stderr)
             return {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        return note
 
     @functools.cache  # noqa: B019 - there is one of them, as long as the program
     def _is_bad(self, path: Path) -> bool:
@@ -343,10 +463,10 @@ class Preparation:
         needs("tokenizers", "training a tokenizer", "data")
         began, sample, seen = time.perf_counter(), [], {"train": 0, "val": 0}
         texts, size = self._training_texts(seen, sample), self.recipe.vocab_size or BPE_VOCABULARY
-        tokenizer = BPETokenizer.train(texts, size, self.recipe.pattern)
+        tokenizer = BPETokenizer.train(_ahead(texts), size, self.recipe.pattern)
         seconds = time.perf_counter() - began
         print(f"trained {tokenizer.vocab_size:,} tokens on {seen['train']:,} characters in {seconds:.1f} s")
-        _compare(tokenizer, sample)
+        _compare(tokenizer, sample, self.workers)
         return tokenizer
 
     def _training_texts(self, seen: dict[str, int], sample: list[str]) -> Iterator[str]:
@@ -388,6 +508,11 @@ class Preparation:
         """What a thread encodes at once: (split, text, its bytes, whether a document ends), and the place behind it."""
         batch, chars, begun = [], 0, place["open"]  # the split of a document that has not ended
         for (number, n), split, text, (size, is_end), read in self._pieces(place):
+            if read < self.begin:
+                begun = None if is_end else split
+                continue
+            if read >= self.end and self.end < self.ends[-1]:
+                break
             if begun not in (None, split):  # it goes on in the other split, and is over in this one
                 batch.append((begun, "", 0, True))
             batch.append((split, text, size, is_end))
@@ -395,7 +520,7 @@ class Preparation:
             if chars >= BATCH_CHARS:
                 yield batch, {"file": number, "piece": n + 1, "open": begun, "read": read}
                 batch, chars = [], 0
-        yield batch, {"file": len(self.paths), "piece": 0, "open": None, "read": self.ends[-1]}
+        yield batch, {"file": len(self.paths), "piece": 0, "open": None, "read": self.end}
 
     def _encode_all(self, tokenizer: Tokenizer, shards: Shards, note: dict) -> None:
         """Writes all that is behind note["place"], and moves the note along."""
@@ -455,6 +580,15 @@ def tokenizer_at(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def _read_note(folder: Path) -> dict:
+    """What is noted in a folder; nothing where there is no note that could be used."""
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        return note if isinstance(note.get("identity"), str) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     """The size, and the time of the last change; nothing of either for a file that is gone."""
     try:
@@ -478,14 +612,24 @@ def _encoded(tokenizer: Tokenizer, batch: list[tuple[str, str, int, bool]]) -> d
     return {split: np.concatenate(ids) for split, ids in parts.items() if ids}
 
 
-def _compare(tokenizer: Tokenizer, sample: list[str]) -> None:
+def _ahead(texts: Iterator[str]) -> Iterator[str]:
+    """The same, of which a thread reads some while those before them are in use."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(lambda: [*itertools.islice(texts, AHEAD)])
+        while read := coming.result():
+            coming = reader.submit(lambda: [*itertools.islice(texts, AHEAD)])
+            yield from read
+
+
+def _compare(tokenizer: Tokenizer, sample: list[str], workers: int) -> None:
     """Prints how many bytes a token stands for, beside GPT-2's, on text that neither was trained on."""
     size = sum(len(text.encode()) for text in sample)
     if not size:
         return
 
     def bytes_a_token(its: Tokenizer) -> float:
-        return size / sum(len(its.encode_to_numpy(text)) for text in sample)
+        with ThreadPoolExecutor(workers) as pool:
+            return size / sum(map(len, pool.map(its.encode_to_numpy, sample)))
 
     line = f"on {size:,} bytes held out: {bytes_a_token(tokenizer):.3f} bytes a token"
     try:
@@ -499,5 +643,5 @@ def _compare(tokenizer: Tokenizer, sample: list[str]) -> None:
 def _tell(counts: dict[str, dict[str, int]]) -> None:
     for split, its in counts.items():
         print(f"{split} has {its['tokens']:,} tokens", end="")
-        more = f": {its['documents']:,} documents, {its['bytes'] / its['tokens']:.2f} bytes a token"
+        more = f": {its['documents']:,} documents, {its['bytes'] / max(1, its['tokens']):.2f} bytes a token"
         print(more if its["documents"] else "")

@@ -96,8 +96,8 @@ def replace(partial: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: str | Path, what: str) -> Iterator[bool]:
-    """Holds the folder for this process: raises UserError where another holds it, and calls that `what`.
+def claimed(folder: str | Path, what: str, wait: bool = False) -> Iterator[bool]:
+    """Holds the folder for this process: where another holds it, raises UserError, and calls that `what`, or waits.
 
     The claim ends with the process, however that ends. Yields whether it is certain: some file systems know no locks.
     """
@@ -112,7 +112,7 @@ def claimed(folder: str | Path, what: str) -> Iterator[bool]:
         raise UserError(f"{str(folder)!r} can't be opened: {error.strerror}") from error
     is_certain = True
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(held)
         raise UserError(f"another {what} is writing to {folder}: wait for it, or take another folder") from None

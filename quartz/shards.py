@@ -14,10 +14,16 @@ that holds less is padded, with tokens that are no targets. Either works without
 The batches are a pure function: row r of iteration i depends on (seed, i, r) and on the data, and on nothing else.
 """
 
+import functools
 import json
 import math
+import mmap
+import os
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +35,7 @@ from quartz.tokenizer import GPT2Tokenizer, check_data
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
 GPT2_ROWS, ROUND_VOCABULARY_TO = 50304, 64  # products of even sizes are faster; GPT-2's 50257 rows become 50304
 SCAN_TOKENS = 2**26  # of a split, looked at before a run starts; every batch is checked as it is read
+MAPPED = 32  # files of a split at a time, of its masks as many: each holds a file handle, of which there may be 256
 _MASK = 2**64 - 1
 
 
@@ -55,7 +62,19 @@ def _places(name: str) -> list[Path]:
 
 
 def _shard_files(folder: Path, split: str) -> list[Path]:
-    return sorted(folder.glob(f"{split}_*.bin")) or [path for path in [folder / f"{split}.bin"] if path.exists()]
+    return _numbered(folder, split, ".bin") or [path for path in [folder / f"{split}.bin"] if path.exists()]
+
+
+def _numbered(folder: Path, split: str, ending: str) -> list[Path]:
+    """The files of a split that is in several, in name order. Of thousands a glob takes three times as long."""
+    try:
+        return [
+            folder / name
+            for name in sorted(os.listdir(folder))
+            if name.startswith(f"{split}_") and name.endswith(ending)
+        ]
+    except (OSError, ValueError):  # no folder, or no name of one
+        return []
 
 
 def _known() -> list[str]:
@@ -236,69 +255,95 @@ class Split:
 
 
 class Pieces:
-    """The numbers in several files, memory-mapped, read as if they were one."""
+    """The numbers in several files, read as if they were one. The files read last are memory-mapped, however many."""
 
     def __init__(self, files: list[Path], dtype: np.dtype):
-        self.files, self.stamps = files, [_stamp(file) for file in files]
-        self.arrays = [_map_shard(file, dtype) for file in files]
-        self.ends = np.cumsum([len(array) for array in self.arrays])
+        self.files, self._layouts = files, [_layout(file, dtype) for file in files]
+        self.lengths = [layout.count for layout in self._layouts]
+        self.ends = np.cumsum(self.lengths)
+        self._mapped = functools.lru_cache(MAPPED)(self._map)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def _map(self, nth: int) -> np.ndarray:
+        _, dtype, begin, count = self._layouts[nth]
+        try:
+            with open(self.files[nth], "rb", buffering=0) as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(mapped, dtype, count, begin)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.files[nth]} can't be read: {error}") from error
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Numbers start … start + count - 1, as int64. Raises UserError where a file has changed meanwhile."""
         out, filled = np.empty(count, dtype=np.int64), 0
         nth = int(np.searchsorted(self.ends, start, side="right"))
         while filled < count:
-            if _stamp(self.files[nth]) != self.stamps[nth]:  # of what is mapped and cut off, no read returns
+            if _stamp(self.files[nth]) != self._layouts[nth].stamp:  # of what is mapped and cut off, no read returns
                 raise UserError(f"{self.files[nth]} was changed while it is in use: prepare the data set again")
             offset = start + filled - (int(self.ends[nth - 1]) if nth else 0)
-            part = self.arrays[nth][offset : offset + count - filled]
+            part = self._mapped(nth)[offset : offset + count - filled]
             out[filled : filled + len(part)] = part
             filled, nth = filled + len(part), nth + 1
         return out
 
-    def heads(self, count: int) -> list[np.ndarray]:
+    def heads(self, count: int) -> Iterator[np.ndarray]:
         """The first `count` numbers, by file."""
-        return [
-            array[: max(0, count - int(end) + len(array))] for array, end in zip(self.arrays, self.ends, strict=True)
-        ]
+        for nth, length in enumerate(self.lengths):
+            if count <= 0:
+                return
+            yield self._mapped(nth)[:count]
+            count -= length
+
+
+class _Layout(NamedTuple):
+    """How a file's numbers lie in it."""
+
+    stamp: tuple[int, int, int]
+    dtype: np.dtype
+    begin: int  # bytes before them
+    count: int
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What tells whether a file is still the same: inode, size, time of the last change; None where it is gone."""
+    """What tells whether a file is still the same; None where it is gone."""
     try:
-        found = path.stat()
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return _stamp_of(path.stat())
     except OSError:
         return None
 
 
-def _map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
+def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
+    """Inode, size, time of the last change."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _layout(path: Path, dtype: np.dtype) -> _Layout:
+    """Raises UserError for a file that is missing, empty, truncated, or not as its header says."""
     try:
-        size = path.stat().st_size
-        if size == 0:
-            raise UserError(f"{path} is empty: prepare the data set again")
-        if size >= 4 * HEADER_INTS:
-            header = np.fromfile(path, dtype="<i4", count=3)
-            if header[0] == HEADER_MAGIC:
-                tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
-                if len(tokens) != header[2]:
-                    raise UserError(f"{path} holds {len(tokens)} tokens, and its header says {header[2]}")
-                return tokens
-        if size % dtype.itemsize:
-            raise UserError(f"{path}: {size} bytes are no whole number of {dtype.name} tokens; is it truncated?")
-        return np.memmap(path, dtype=dtype, mode="r")
+        with open(path, "rb", buffering=0) as file:
+            stamp, head = _stamp_of(os.fstat(file.fileno())), file.read(12)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: prepare the data set again") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path} can't be read: {error}") from error
+    size = stamp[1]
+    if size == 0:
+        raise UserError(f"{path} is empty: prepare the data set again")
+    magic, _, told = struct.unpack("<3i", head) if size >= 4 * HEADER_INTS else (0, 0, 0)
+    begin, dtype = (4 * HEADER_INTS, np.dtype("<u2")) if magic == HEADER_MAGIC else (0, dtype)
+    count, rest = divmod(size - begin, dtype.itemsize)
+    if begin and count != told:
+        raise UserError(f"{path} holds {count} tokens, and its header says {told}")
+    if rest:
+        raise UserError(f"{path}: {size} bytes are no whole number of {dtype.name} tokens; is it truncated?")
+    return _Layout(stamp, dtype, begin, count)
 
 
 def _map_masks(folder: Path, split: str, tokens: Pieces) -> Pieces | None:
     """The mask beside each file of tokens; None where there is none. Raises UserError where they don't go together."""
-    there = [*folder.glob(f"{split}_*.mask"), *(path for path in [folder / f"{split}.mask"] if path.exists())]
+    there = [*_numbered(folder, split, ".mask"), *(path for path in [folder / f"{split}.mask"] if path.exists())]
     if not there:
         return None
     wanted = [file.with_suffix(".mask") for file in tokens.files]
@@ -306,10 +351,10 @@ def _map_masks(folder: Path, split: str, tokens: Pieces) -> Pieces | None:
         other = "has no mask, and others have" if lost[0] in wanted else "has no tokens, but a mask"
         raise UserError(f"{lost[0].with_suffix('.bin')} {other}: prepare the data set again")
     masks = Pieces(wanted, np.dtype("u1"))
-    for path, mask, shard in zip(wanted, masks.arrays, tokens.arrays, strict=True):
-        if len(mask) != len(shard):
-            raise UserError(f"{path} is of {len(mask)} tokens, and there are {len(shard)}: prepare the data set again")
-    if not any(mask.any() for mask in masks.arrays):
+    for path, masked, there in zip(wanted, masks.lengths, tokens.lengths, strict=True):
+        if masked != there:
+            raise UserError(f"{path} is of {masked} tokens, and there are {there}: prepare the data set again")
+    if not any(mask.any() for mask in masks.heads(len(masks))):
         raise UserError(f"the mask of {folder} ({split}) is 0 throughout, which leaves no target")
     return masks
 

@@ -6,6 +6,7 @@
     python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3  # time and loss, beside nanoGPT
     python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char   # a step beside other work, and nanoGPT's
     python tests/peers.py --prepare=FILE.jsonl            # a data set of GPT-2's tokens, beside tiktoken by itself
+    python tests/peers.py --bpe=FILE.jsonl --rounds=1     # a BPE of its own, beside tokenizers and tiktoken
 
 Each program sits in a process of its own, loaded and warm, and they take turns; a figure is the median over the rounds,
 and the ratio is that of ours to it. transformers and llama.cpp (`pip install transformers llama-cpp-python gguf`) are
@@ -321,6 +322,65 @@ def compare_preparations(path: str, rounds: int) -> None:
     print(json.dumps(record))
 
 
+def train_and_encode(path: str, vocab_size: int) -> None:
+    """What tokenizers and tiktoken take by themselves, with a file's texts at hand, to train a BPE on what is not held
+    out, and to encode all on as many threads. The ids are thrown away."""
+    import tiktoken
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    from quartz.documents import is_held_out, pieces_of
+    from quartz.threads import cores
+    from quartz.tokenizer import PATTERNS, SPECIALS, printable_bytes
+
+    texts = [piece.text for piece in pieces_of(Path(path), "text")]
+    trained_on = [text for text in texts if not is_held_out(text.encode(), 0.1)]
+    began = time.perf_counter()
+    split = pre_tokenizers.Split(tokenizers.Regex(PATTERNS["gpt4"]), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainee = tokenizers.Tokenizer(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    size, alphabet = vocab_size - len(SPECIALS), to_bytes.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    trainee.train_from_iterator(trained_on, trainer)
+    trained, byte_of = time.perf_counter(), printable_bytes()
+    ranks = {bytes(byte_of[char] for char in token): i for token, i in trainee.get_vocab().items()}
+    encoding = tiktoken.Encoding("own", pat_str=PATTERNS["gpt4"], mergeable_ranks=ranks, special_tokens={})
+    tokens, block = 0, 2**10
+    for first in range(0, len(texts), block):  # all ids at once would fill the memory
+        tokens += sum(map(len, encoding.encode_ordinary_batch(texts[first : first + block], num_threads=cores())))
+    times = {"train_s": trained - began, "encode_s": time.perf_counter() - trained}
+    print(json.dumps({**times, "tokens": tokens, "bytes": sum(len(text.encode()) for text in texts)}))
+
+
+def compare_bpe(path: str, vocab_size: int, rounds: int) -> None:
+    """data/text/prepare.py, the whole process, in turns with the two libraries by themselves."""
+    rows = []
+    for nth in range(rounds):
+        row = {}
+        for name in ("ours", "libraries")[:: 1 if nth % 2 else -1]:
+            with tempfile.TemporaryDirectory() as folder:
+                command = ["data/text/prepare.py", f"--source={path}", "--tokenizer=bpe", f"--out={folder}"]
+                command = [sys.executable, *(command if name == "ours" else [__file__, f"--bpe_alone={path}"])]
+                began = time.perf_counter()
+                process = subprocess.Popen(
+                    [*command, f"--vocab_size={vocab_size}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+                )
+                told = process.stdout.read().splitlines()
+                _, status, used = os.wait4(process.pid, 0)
+                if status:
+                    sys.exit(f"{' '.join(command)} has failed")
+                row[f"{name}_s"], row[f"{name}_peak_mb"] = time.perf_counter() - began, used.ru_maxrss / 1024
+                if name == "libraries":
+                    row |= json.loads(told[-1])
+                    row["libraries_s"] = row["train_s"] + row["encode_s"]  # without what it does to be ready
+        rows.append(row)
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+    ratio = statistics.median(row["ours_s"] / row["libraries_s"] for row in rows)
+    print("ours_s / libraries_s, of a BPE's training and encoding, reading and writing in ours included")
+    print(json.dumps({"ratio": ratio, "rounds": rows}))
+
+
 def work(name: str, dtype: str, streams: int, tokens: int) -> None:
     """A worker: gets ready, then for each line on stdin generates and answers with its tokens a second."""
     import torch
@@ -343,6 +403,9 @@ def main() -> None:
     parser.add_argument("--work", nargs=2, metavar=("NAME", "DTYPE"))
     parser.add_argument("--sample", metavar="OUT_DIR", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--prepare", metavar="FILE", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--bpe", metavar="FILE", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("--vocab_size", type=int, default=2**15, help="with --bpe")
+    parser.add_argument("--bpe_alone", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--train", metavar="PRESET", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--busy", metavar="PRESET", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--steps", type=int, help="of training, with --busy")
@@ -364,6 +427,10 @@ def main() -> None:
         return train_as_nanogpt_does(options.train_slowly, options.out_dir, options.seed, options.steps or 2000)
     if options.prepare:
         return compare_preparations(options.prepare, options.rounds)
+    if options.bpe:
+        return compare_bpe(options.bpe, options.vocab_size, options.rounds)
+    if options.bpe_alone:
+        return train_and_encode(options.bpe_alone, options.vocab_size)
     if options.sample_slowly:
         return sample_as_nanogpt_does(options.sample_slowly)
     if options.work:

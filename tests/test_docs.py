@@ -56,6 +56,7 @@ FEW = f"{ON_CPU} --max_new_tokens=20"
 ALL = "test_faults.test_several_processes_do_what_one_does"
 INSTALL = Told("tests/test_pins.py, and every test: they run in what it makes")
 SBATCH = Told("test_faults.test_a_slurm_job_goes_back_into_the_queue_and_resumes")
+PARTS = Told("test_parts.test_a_part_that_is_killed_is_done_again_alone")
 
 HOW = {
     # README.md
@@ -89,6 +90,11 @@ HOW = {
         Tried("--tokenizer=byte", "data/crawl/train.bin", needs="zstandard")
     ),
     "python train.py --dataset=text": Tried(SMALL, "out/ckpt.pt"),
+    "python data/text/prepare.py --source='crawl/**/*.jsonl.zst' --out=data/crawl --part=1/3": PARTS,
+    "python data/text/prepare.py --source='crawl/**/*.jsonl.zst' --out=data/crawl --join=3": PARTS,
+    "bash docs/prepare.slurm 16 data/text/prepare.py --source='/shared/crawl/*.jsonl.zst' --out=/shared/data/crawl": (
+        Told("test_parts.test_a_slurm_job_array_prepares_the_parts_and_a_job_joins_them")
+    ),
     # docs/installing.md
     'python -m pip install -c requirements.lock -e ".[test]"': INSTALL,
     "python -m pytest": INSTALL,
@@ -176,6 +182,7 @@ PEERS = {  # the same of tests/peers.py, sentences included
     "python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3": f"{ONCE} --steps=260 --max_iters=2",
     "python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char --rounds=2 --steps=50": FEW_STEPS,
     "python tests/peers.py --prepare=FILE.jsonl": ONCE,
+    "python tests/peers.py --bpe=FILE.jsonl --rounds=1": "--vocab_size=300",
 }
 SHAPE = {"block_size": 64, "vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 64}
 YOURS = ("config/mine.py", "FILE", "FOLDER", "BASE")  # what a page leaves to the reader
@@ -283,6 +290,9 @@ def check_words(command: str) -> None:
         check_script(*words)
     elif first in SCRIPTS or first == "docs/train.slurm":
         check_script(first, *words)
+    elif first == "bash":
+        assert (ROOT / words[0]).is_file(), words[0]
+        check_script(*words[2:])
     elif first == "sbatch":
         script = words.index("docs/train.slurm")
         check_script("train.py", *words[script + 1 :])
@@ -302,7 +312,7 @@ def test_what_the_commands_of_a_page_name_is_there(name):
         if command.startswith("--"):
             words = {word[2:].partition("=")[0] for word in command.split() if word.startswith("--")}
             assert words <= known, f"{command}: no script has this setting"
-        elif re.match(r"(python3?|pip|uv|make|torchrun|sbatch|\w+\.py)\b", command):
+        elif re.match(r"(python3?|pip|uv|make|torchrun|sbatch|bash|\w+\.py)\b", command):
             check_words(command)
 
 

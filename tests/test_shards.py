@@ -1,4 +1,6 @@
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +94,46 @@ def test_shards_read_as_one_row_of_tokens(tmp_path):
     x, y = split.windows(np.array([3, 0]), 8)
     assert x.dtype == y.dtype == torch.int64
     assert x.tolist() == [list(range(3, 11)), list(range(8))] and y.tolist() == [list(range(4, 12)), list(range(1, 9))]
+
+
+def open_files(folder) -> int:
+    """How many of the folder's files this process holds open; of what it has mapped too."""
+    handles = Path("/proc/self/fd")
+    if not handles.exists():
+        pytest.skip("this system has no /proc")
+    opened = [os.readlink(handle) for handle in handles.iterdir() if handle.is_symlink()]
+    return sum(str(folder) in path for path in opened)
+
+
+def test_of_thousands_of_shards_few_are_open_at_a_time(tmp_path):
+    """More than a process may hold open, masks beside them; all are looked at when a run starts."""
+    resource = pytest.importorskip("resource")
+    count, generator = 1500, np.random.default_rng(0)
+    tokens = generator.integers(0, 50, (count, 20))
+    for n, its in enumerate(tokens):
+        write(tmp_path, f"train_{n:06d}.bin", its)
+        write(tmp_path, f"train_{n:06d}.mask", its % 2, dtype="u1")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limit[1]))
+    try:
+        split = Split(tmp_path, "train", META, vocab_size=50)
+        whole, starts = tokens.flatten(), generator.integers(0, count * 20 - 61, 300)
+        x, y, weights = split.batch(starts, 60)
+        assert open_files(tmp_path) <= 2 * shards.MAPPED
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    expected = np.stack([whole[start : start + 61] for start in starts])
+    assert np.array_equal(x, expected[:, :-1]) and np.array_equal(y, expected[:, 1:])
+    assert np.array_equal(weights, expected[:, 1:] % 2)
+    write(tmp_path, f"train_{count - 1:06d}.bin", [50] * 20)
+    with pytest.raises(UserError, match="token id 50"):
+        Split(tmp_path, "train", META, vocab_size=50)
+
+
+def test_a_shard_whose_header_counts_no_tokens_has_none(tmp_path):
+    write(tmp_path, "train_0.bin", [], header=[20240520, 1, 0])
+    write(tmp_path, "train_1.bin", [7, 8])
+    assert Split(tmp_path, "train", META, vocab_size=9).read(0, 2).tolist() == [7, 8]
 
 
 def test_uint32_where_the_meta_says_so(tmp_path):

@@ -25,6 +25,8 @@ skip_bad_files = False  # leave out, with a note, files that can't be read as th
 val_share = 0.001  # of the documents is held out for validation
 shard_tokens = 100_000_000  # tokens in a file, at the most
 workers = 0  # threads; 0 is one a core. The result is the same
+part = ""  # i/n: only the i-th of n parts, which other processes or machines share; then --join
+join = 0  # n: make the data set of its n parts, of which each was prepared with --part
 configurator.configure(globals())
 
 from quartz import corpus, download
@@ -35,7 +37,12 @@ def main() -> None:
     recipe = corpus.Recipe(tokenizer, vocab_size, "gpt4", field, skip_bad_files, val_share, shard_tokens, workers)
     places, below = [("main", "sample/10BT")], folder / "source" / name
     corpus.prepare(
-        folder, source, recipe, lambda: download.hub_files(f"HuggingFaceFW/{name}", places, below, max_files)
+        folder,
+        source,
+        recipe,
+        lambda: download.hub_files(f"HuggingFaceFW/{name}", places, below, max_files),
+        part=part,
+        join=join,
     )
 
 

@@ -23,6 +23,8 @@ skip_bad_files = False  # leave out, with a note, files that can't be read as th
 val_share = 0.0005  # of the documents is held out for validation, as in nanoGPT
 shard_tokens = 100_000_000  # tokens in a file, at the most
 workers = 0  # threads; 0 is one a core. The result is the same
+part = ""  # i/n: only the i-th of n parts, which other processes or machines share; then --join
+join = 0  # n: make the data set of its n parts, of which each was prepared with --part
 configurator.configure(globals())
 
 from quartz import corpus, download
@@ -34,7 +36,14 @@ PLACES = [("main", "plain_text"), ("refs/convert/parquet", "plain_text/train")]
 def main() -> None:
     folder = Path(out or Path(__file__).parent)
     recipe = corpus.Recipe(tokenizer, vocab_size, "gpt4", field, skip_bad_files, val_share, shard_tokens, workers)
-    corpus.prepare(folder, source, recipe, lambda: download.hub_files(REPO, PLACES, folder / "source", max_files))
+    corpus.prepare(
+        folder,
+        source,
+        recipe,
+        lambda: download.hub_files(REPO, PLACES, folder / "source", max_files),
+        part=part,
+        join=join,
+    )
 
 
 if __name__ == "__main__":

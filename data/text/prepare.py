@@ -26,6 +26,8 @@ skip_bad_files = False  # leave out, with a note, files that can't be read as th
 val_share = 0.1  # of documents, and of passages of long text files, is held out for validation
 shard_tokens = 100_000_000  # tokens in a file, at the most
 workers = 0  # threads; 0 is one a core. The result is the same
+part = ""  # i/n: only the i-th of n parts, which other processes or machines share; then --join
+join = 0  # n: make the data set of its n parts, of which each was prepared with --part
 configurator.configure(globals())
 
 from quartz import corpus
@@ -33,7 +35,7 @@ from quartz import corpus
 
 def main() -> None:
     recipe = corpus.Recipe(tokenizer, vocab_size, pattern, field, skip_bad_files, val_share, shard_tokens, workers)
-    corpus.prepare(Path(out or Path(__file__).parent), source, recipe)
+    corpus.prepare(Path(out or Path(__file__).parent), source, recipe, part=part, join=join)
 
 
 if __name__ == "__main__":

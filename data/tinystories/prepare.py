@@ -23,6 +23,8 @@ skip_bad_files = False  # leave out, with a note, files that can't be read as th
 val_share = 0.01  # of the stories is held out where no file is for validation
 shard_tokens = 100_000_000  # tokens in a file, at the most
 workers = 0  # threads; 0 is one a core. The result is the same
+part = ""  # i/n: only the i-th of n parts, which other processes or machines share; then --join
+join = 0  # n: make the data set of its n parts, of which each was prepared with --part
 configurator.configure(globals())
 
 from quartz import corpus, download
@@ -38,6 +40,8 @@ def main() -> None:
         recipe,
         lambda: download.hub_files("roneneldan/TinyStories", places, below),
         validation="valid",
+        part=part,
+        join=join,
     )
 
 
