@@ -680,6 +680,12 @@ def test_a_port_that_is_taken_is_one_line(server, folder, run):
     )
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+def test_a_host_that_no_machine_can_have_is_one_line(folder, run, host):
+    result = run("serve.py", *flags(out_dir=folder / "tiny", port=0, host=host, public=True))
+    assert_user_error(result, f"host={host} is no name of a machine")
+
+
 def test_a_checkpoint_that_is_damaged_is_one_line(folder, tmp_path, run):
     data = (folder / "tiny" / "ckpt.pt").read_bytes()
     (tmp_path / "ckpt.pt").write_bytes(data[: len(data) // 2])
