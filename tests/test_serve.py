@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import select
 import signal
 import socket
@@ -672,6 +673,12 @@ def test_it_can_be_stopped_while_it_loads(folder):
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
         assert [line for line in server.errors().splitlines() if not line.startswith("Overriding: ")] == []
+
+
+def test_a_name_of_any_bytes_can_be_told(folder):
+    for server in served(folder, model_name=os.fsdecode(b"m\xff")):
+        assert server.http.get("/v1/models").json()["data"][0]["id"] == "m?"
+        assert 'model_name="m?"' in server.http.get("/metrics").text
 
 
 def test_a_port_that_is_taken_is_one_line(server, folder, run):
