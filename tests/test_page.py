@@ -1077,7 +1077,7 @@ def test_a_checkpoint_of_other_tokens_writes_the_same_beginning_too(opens, tmp_p
         cards = page.locator("#versions .card")
         expect(cards.locator("h2")).to_contain_text(["Iteration 20"])
         answer = ask(server, prompt="the lar", max_tokens=20, seed=1337)
-        until(lambda: cards.locator(".tokens").text_content() == answer["text"])
+        expect(cards.locator(".tokens")).to_have_text(answer["text"])
         assert page.inner_text("#trouble") == ""
 
 
