@@ -115,7 +115,8 @@ def of_model(model: GPT, tokens: Tokenizer, its: str):
     compiles = compile and not watch  # which would take longer than a run takes to its next checkpoint
     engine = compiled.prepare(model, place, kept, quantize == "int8", max_rows, STEPS, compiles, gives_up=True)
     its += f"-{type(engine).__name__.lower()}-{str(engine.model.lm_head.weight.dtype).removeprefix('torch.')}"
-    name = model_name or (Path(out_dir if init_from == "resume" else init_from).resolve().name)
+    name = model_name or Path(out_dir if init_from == "resume" else init_from).resolve().name
+    name = name.encode("utf-8", "replace").decode()  # a folder's name may be any bytes
     served = api.Served(name, tokens, block_size, max_rows, max_queue, its, int(time.time()))
     service = serving.Service(engine, max_rows, tokens.vocab_size, max_queue, cache_mb * 2**20)
     print(f"{name} is ready after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)

@@ -481,6 +481,8 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, _, _, _, address = min(found, key=lambda its: its[0] != socket.AF_INET)  # as clients try it first
         return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+    except UnicodeError as error:  # of what can't be a name, as where two dots follow each other
+        raise UserError(f"host={host} is no name of a machine, nor an address") from error
     except OSError as error:
         raise UserError(f"host={host} port={port} can't be had: {in_words(error)}") from error
 

@@ -49,7 +49,7 @@ class Watch:
         return path, mark
 
     def fail(self, error: UserError) -> None:
-        self.problem = "; ".join(error.problems)
+        self.problem = " ".join("; ".join(error.problems).split())  # torch's own words have several lines
         print(f"warning: {self.problem}; the model before is served on", file=sys.stderr, flush=True)
 
     def serves(self, state: dict) -> None:

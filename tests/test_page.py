@@ -740,6 +740,28 @@ def test_another_model_at_the_same_address_is_noticed(opens, folder, tmp_path):
         assert other.port == server.port
 
 
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("chars", ["the sanrol", "".join(map(chr, range(32, 1400)))], ids=["fewer", "more"])
+def test_ids_of_one_model_are_not_gone_on_with_by_another(opens, folder, tmp_path, n, chars):
+    server = Server(folder)
+    page = opens(server.url)
+    page.fill("#text", "the lar")
+    before = [its["id"] for its in known(page)]
+    server.process.kill()
+    server.process.communicate()
+    state_of(CharTokenizer(chars), tmp_path)
+    for other in served(tmp_path, port=server.port):
+        page.fill("[name=n]", str(n))
+        page.press("#text", "Control+Enter")
+        expect(page.locator("#trouble")).to_contain_text("The server has another model now")
+        expect(page.locator("#cards .card")).to_have_count(0)
+        assert page.input_value("#text") == "the lar"
+        known(page)
+        assert ids(page) == CharTokenizer(chars).encode("the lar") != before
+        assert write(page, n=1, max_tokens=5).startswith("the lar")
+        assert other.port == server.port
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Who may ask, and what models may write
 
@@ -1040,6 +1062,35 @@ def test_a_run_is_watched_and_its_checkpoints_are_served_as_they_come(opens, tmp
         answer = ask(server, prompt=BEGINNING, max_tokens=30, seed=1337)
         assert cards.first.locator(".tokens").text_content() == answer["text"].replace("\r", "␍")
         assert cards.last.locator(".tokens").text_content() == first[len(BEGINNING) :]
+
+
+def test_a_checkpoint_of_other_tokens_writes_the_same_beginning_too(opens, tmp_path):
+    state_of(TOKENS, tmp_path, iter_num=10)
+    for server in served(tmp_path, watch=True):
+        page = opens(server.url)
+        expect(page.locator("#served")).to_contain_text("Iteration 10")
+        page.fill("#text", "the lar")
+        page.fill("[name=max_tokens]", "20")
+        page.check("#keep-writing")
+        expect(page.locator("#status")).to_have_text(DONE)
+        state_of(CharTokenizer("the sanrol"), tmp_path, iter_num=20)
+        cards = page.locator("#versions .card")
+        expect(cards.locator("h2")).to_contain_text(["Iteration 20"])
+        answer = ask(server, prompt="the lar", max_tokens=20, seed=1337)
+        expect(cards.locator(".tokens")).to_have_text(answer["text"])
+        assert page.inner_text("#trouble") == ""
+
+
+def test_checkpoints_write_where_nothing_is_begun(opens, tmp_path):
+    state_of(CharTokenizer("the sanrol\n"), tmp_path, iter_num=10)
+    for server in served(tmp_path, watch=True):
+        page = opens(server.url)
+        page.fill("[name=max_tokens]", "20")
+        page.check("#keep-writing")
+        expect(page.locator("#status")).to_have_text(DONE)
+        answer = ask(server, prompt="\n", max_tokens=20, seed=1337)
+        assert page.locator("#versions .tokens").text_content() == answer["text"]
+        assert page.input_value("#text") == "" and page.inner_text("#trouble") == ""
 
 
 def test_curves_tell_their_values_by_pointer_and_keys(opens, tmp_path):

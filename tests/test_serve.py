@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import select
 import signal
 import socket
@@ -674,10 +675,22 @@ def test_it_can_be_stopped_while_it_loads(folder):
         assert [line for line in server.errors().splitlines() if not line.startswith("Overriding: ")] == []
 
 
+def test_a_name_of_any_bytes_can_be_told(folder):
+    for server in served(folder, model_name=os.fsdecode(b"m\xff")):
+        assert server.http.get("/v1/models").json()["data"][0]["id"] == "m?"
+        assert 'model_name="m?"' in server.http.get("/metrics").text
+
+
 def test_a_port_that_is_taken_is_one_line(server, folder, run):
     assert_user_error(
         run("serve.py", *flags(out_dir=folder / "tiny", port=server.port)), f"port={server.port}", "in use"
     )
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+def test_a_host_that_no_machine_can_have_is_one_line(folder, run, host):
+    result = run("serve.py", *flags(out_dir=folder / "tiny", port=0, host=host, public=True))
+    assert_user_error(result, f"host={host} is no name of a machine")
 
 
 def test_a_checkpoint_that_is_damaged_is_one_line(folder, tmp_path, run):
