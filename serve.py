@@ -119,6 +119,7 @@ def of_model(model: GPT, tokens: Tokenizer, its: str):
     name = name.encode("utf-8", "replace").decode()  # a folder's name may be any bytes
     served = api.Served(name, tokens, block_size, max_rows, max_queue, its, int(time.time()))
     service = serving.Service(engine, max_rows, tokens.vocab_size, max_queue, cache_mb * 2**20)
+    machine.give_back_memory()
     print(f"{name} is ready after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     return served, service
 
@@ -137,7 +138,11 @@ def models(run) -> Iterator[tuple]:
                 before = its
             run.serves(state)
         except UserError as error:
-            run.fail(error)
+            run.fail(*error.problems)
+        except Exception as error:  # memory that runs out ends no server that has a model
+            if not (problem := errors.problem_of_machine(error)):
+                raise
+            run.fail(problem)
         threads.give_back()
 
 

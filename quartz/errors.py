@@ -42,7 +42,7 @@ def user_errors():
         _drop_unwritten()
         sys.exit(141)
     except Exception as error:
-        if not (problem := _problem_of_machine(error)):
+        if not (problem := problem_of_machine(error)):
             raise
         _exit(problem)
 
@@ -79,7 +79,7 @@ def lossy_output():
         _drop_unwritten()
 
 
-def _problem_of_machine(error: Exception) -> str:
+def problem_of_machine(error: Exception) -> str:
     """The line for memory that runs out, or for a disk that takes no more, whoever tells of it; empty for a bug."""
     no_memory = "out of memory|not enough memory|can't allocate memory"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(no_memory, str(error))):

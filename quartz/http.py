@@ -514,12 +514,19 @@ def run(site: Site, sock: socket.socket, drain_seconds: float) -> None:
     )
     site.stop = lambda: setattr(server, "should_exit", True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at the end, which is no failure
+    status = 0
     try:
         server.run(sockets=[sock])
+    except BaseException as error:
+        if not site.is_loading:
+            raise
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if status == 1:
+            traceback.print_exc(file=sys.stderr)
     finally:
         if site.now is not None:
             site.now[1].close()
-        if site.is_loading:  # a thread that loads can't be ended, and would not survive the interpreter's end
-            os._exit(0)
+    if site.is_loading:  # a thread that loads can't be ended, and would not survive the interpreter's end
+        os._exit(status)
     if site.failure is not None:
         raise site.failure

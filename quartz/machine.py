@@ -76,6 +76,13 @@ def keep_freed_memory() -> None:
         _ask_for_huge_pages(library, (available_memory(torch.device("cpu")) or 0) // 2)
 
 
+def give_back_memory() -> None:
+    """Gives the system what is free after a model was made ready, which `keep_freed_memory` keeps."""
+    library = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
 def _has_limits() -> bool:
     import resource
 

@@ -124,7 +124,7 @@ class PrefixCache:
     def keep(self, cache: RowCache, row: int, ids: Sequence[int], end: int) -> None:
         """Takes a copy of the chunk that ends at `end`, if it is a whole one, is not known, and the limit allows it."""
         key = tuple(ids[:end])
-        if end % self.chunk or key in self.parts:
+        if not self.limit or end % self.chunk or key in self.parts:
             return
         part = cache.part(row, end - self.chunk, end)
         if size(key, part) > self.limit:

@@ -16,6 +16,7 @@ from quartz.errors import UserError
 
 SECONDS = 1.0  # between two looks into the folder
 POINTS = 1000  # of a curve that are told
+PAUSE = 10  # times as long as reading the log took, until it is read again
 
 
 class Watch:
@@ -26,6 +27,7 @@ class Watch:
         self.problem: str | None = None  # of the checkpoint that was written last
         self.served = dict.fromkeys(("iter", "best_val_loss", "max_iters"))
         self.read: tuple[tuple | None, dict] = None, {}  # what the log was when it was read, and its curves
+        self.again = 0.0  # when it may be read next
 
     def states(self) -> Iterator[dict]:
         """The contents of each checkpoint as it comes, without end. One that can't be read is a line on stderr.
@@ -39,7 +41,7 @@ class Watch:
                 try:
                     yield checkpoint.load(path)
                 except UserError as error:
-                    self.fail(error)
+                    self.fail(*error.problems)
             time.sleep(SECONDS)
 
     def newest(self) -> tuple[Path | None, tuple | None]:
@@ -48,9 +50,10 @@ class Watch:
         mark, path = max((its for its in found if its[0]), default=(None, None))
         return path, mark
 
-    def fail(self, error: UserError) -> None:
-        self.problem = " ".join("; ".join(error.problems).split())  # torch's own words have several lines
-        print(f"warning: {self.problem}; the model before is served on", file=sys.stderr, flush=True)
+    def fail(self, *problems: str) -> None:
+        self.problem = " ".join("; ".join(problems).split())  # torch's own words have several lines
+        goes_on = "waiting for the next" if self.served["iter"] is None else "the model before is served on"
+        print(f"warning: {self.problem}; {goes_on}", file=sys.stderr, flush=True)
 
     def serves(self, state: dict) -> None:
         """Notes that the model of this state is served now."""
@@ -63,13 +66,14 @@ class Watch:
 
     def told(self) -> dict:
         """What is served, and the run's curves: columns of numbers, None where one is not known."""
-        mark = _mark(self.log)
-        if mark != self.read[0]:
+        mark, began = _mark(self.log), time.monotonic()
+        if mark != self.read[0] and began >= self.again:
             try:
                 run = curves.read(self.log.parent)
                 self.read = mark, {"updates": thinned(run.updates), "evaluations": thinned(run.evaluations)}
             except OSError:
                 self.read = None, {}
+            self.again = time.monotonic() + PAUSE * (time.monotonic() - began)
         return {**self.served, "problem": self.problem, "updates": {}, "evaluations": {}, **self.read[1]}
 
 
