@@ -180,6 +180,7 @@ def test_any_command_line_sets_what_it_says_or_is_refused_with_a_line_for_each_m
     assume(not any(os.path.isfile(argument) for argument in argv))
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what other tests have left, collected just now
         found, told = configure(*argv)
         alone = [configure(argument) for argument in argv]
     assert not remarks, "a text that looks like Python is no cause for a warning"
