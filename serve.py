@@ -93,12 +93,18 @@ def is_own(name: str) -> bool:
         return False
 
 
+def how() -> tuple[torch.device, torch.dtype, bool]:
+    """Where it is computed, in what, and whether the step may be compiled: with watch that would take longer than a run
+    takes to its next checkpoint."""
+    place = machine.pick_device(device)
+    return place, machine.sampling_dtype(dtype, place), compile and not watch
+
+
 def fingerprint(model: GPT) -> str:
     """Of what decides about bits: the weights, by a part of each, the settings and torch."""
-    place = machine.pick_device(device)
-    settings = place, machine.sampling_dtype(dtype, place), quantize, compile and not watch
-    versions = torch.__version__, torch.get_num_threads()
-    found = hashlib.sha256(repr((model.config, *settings, *versions)).encode())
+    place, kept, compiles = how()
+    what = model.config, place, kept, quantize, compiles, torch.__version__, torch.get_num_threads()
+    found = hashlib.sha256(repr(what).encode())
     for weight in model.parameters():
         found.update(weight.detach().flatten()[:1024].float().numpy().tobytes())
     return f"fp_{found.hexdigest()[:16]}"
@@ -109,10 +115,8 @@ def of_model(model: GPT, tokens: Tokenizer, its: str):
     from quartz import api, serving
 
     began = time.monotonic()
-    place, block_size = machine.pick_device(device), model.config.block_size
-    kept = machine.sampling_dtype(dtype, place)
+    (place, kept, compiles), block_size = how(), model.config.block_size
     compiled.check_memory(model.config, max_rows, block_size, place, kept)
-    compiles = compile and not watch  # which would take longer than a run takes to its next checkpoint
     engine = compiled.prepare(model, place, kept, quantize == "int8", max_rows, STEPS, compiles, gives_up=True)
     its += f"-{type(engine).__name__.lower()}-{str(engine.model.lm_head.weight.dtype).removeprefix('torch.')}"
     name = model_name or Path(out_dir if init_from == "resume" else init_from).resolve().name
@@ -127,7 +131,8 @@ def of_model(model: GPT, tokens: Tokenizer, its: str):
 def models(run) -> Iterator[tuple]:
     """What is served: one model, or with `run`, a Watch, one after the other, without end."""
     if run is None:
-        yield of_model(*(found := sources.to_sample(init_from, out_dir)), fingerprint(found[0]))
+        model, tokens = sources.to_sample(init_from, out_dir)
+        yield of_model(model, tokens, fingerprint(model))
         return
     before = ""
     for state in run.states():

@@ -179,9 +179,8 @@ class GraphedStep(Engine):
                 self.compute()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            self.graph, capture_error_mode="thread_local"
-        ):  # others may load the next model meanwhile
+        # Another thread may load the next model meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = self.compute()
 
     @torch.no_grad()

@@ -311,9 +311,9 @@ class Engine:
     def pack(self) -> None:
         """Has matrices lie as products of several rows read them, on CPUs: see SteadyLinear."""
         embedding, self.is_packed = self.model.transformer.wte.weight, True
-        layers = [module for module in self.model.modules() if isinstance(module, SteadyLinear)]
-        for layer in layers:
-            layer.pack(gives_up=self.source is None and layer.weight is not embedding)
+        for module in self.model.modules():
+            if isinstance(module, SteadyLinear):
+                module.pack(gives_up=self.source is None and module.weight is not embedding)
 
     def new_cache(self, rows: int, length: int) -> RowCache:
         """An empty cache for `rows` texts of up to `length` tokens, in the dtype that attention computes in.

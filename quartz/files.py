@@ -26,6 +26,19 @@ def writing(what: str | Path, kept: str = "") -> Iterator[None]:
         raise UserError(f"{what} can't be written: {why}" + (f"; {kept}" if kept else "")) from error
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What tells whether a file is still the same; None where it is gone."""
+    try:
+        return stamp_of(path.stat())
+    except OSError:
+        return None
+
+
+def stamp_of(found: os.stat_result) -> tuple[int, int, int]:
+    """The time of the last change, in nanoseconds, size, and inode."""
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def is_same(one: str, other: str) -> bool:
     """Whether two paths lead to the same file."""
     return os.path.realpath(one) == os.path.realpath(other)

@@ -85,7 +85,7 @@ class Metrics:
     def __init__(self, name: str):
         self.name, self.registry = name, prometheus.CollectorRegistry()
         self.services: list[Service] = []  # with --watch, those before that still run too
-        self.past: list[Counts] = [Counts()]  # of those that are over
+        self.past = Counts()  # of those that are over
         prometheus.disable_created_metrics()
         self.registry.register(self)
         self.finished = self.own(prometheus.Counter, "request_success", "Texts that ended, by why", "finished_reason")
@@ -100,8 +100,7 @@ class Metrics:
 
     def collect(self):
         """What the services count, as prometheus_client asks for it."""
-        its = [service.counts() for service in self.services] + self.past
-        counts = Counts(*(sum(values) for values in zip(*map(dataclasses.astuple, its), strict=True)))
+        counts = sum((service.counts() for service in self.services), self.past)
         for kind, name, value, told in (
             (GaugeMetricFamily, "num_requests_running", counts.running, "Texts that are written"),
             (GaugeMetricFamily, "num_requests_waiting", counts.waiting, "Texts that wait for a row"),
@@ -116,7 +115,7 @@ class Metrics:
 
     def retire(self, service: Service) -> None:
         """Of one that is over, counts what it has done. In the event loop, as collect, so that sums never fall."""
-        self.past.append(dataclasses.replace(service.counts(), running=0, waiting=0, cache_bytes=0))
+        self.past += dataclasses.replace(service.counts(), running=0, waiting=0, cache_bytes=0)
         self.services.remove(service)
 
 

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 
@@ -96,6 +96,10 @@ class Counts:
     cache_hits: int = 0
     cache_bytes: int = 0
     steps: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Of several services together."""
+        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class PrefixCache:

@@ -30,6 +30,7 @@ import torch
 
 from quartz import untrusted
 from quartz.errors import UserError
+from quartz.files import stamp, stamp_of
 from quartz.tokenizer import GPT2Tokenizer, check_data
 
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
@@ -280,7 +281,7 @@ class Pieces:
         out, filled = np.empty(count, dtype=np.int64), 0
         nth = int(np.searchsorted(self.ends, start, side="right"))
         while filled < count:
-            if _stamp(self.files[nth]) != self._layouts[nth].stamp:  # of what is mapped and cut off, no read returns
+            if stamp(self.files[nth]) != self._layouts[nth].stamp:  # of what is mapped and cut off, no read returns
                 raise UserError(f"{self.files[nth]} was changed while it is in use: prepare the data set again")
             offset = start + filled - (int(self.ends[nth - 1]) if nth else 0)
             part = self._mapped(nth)[offset : offset + count - filled]
@@ -306,29 +307,16 @@ class _Layout(NamedTuple):
     count: int
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What tells whether a file is still the same; None where it is gone."""
-    try:
-        return _stamp_of(path.stat())
-    except OSError:
-        return None
-
-
-def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
-    """Inode, size, time of the last change."""
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def _layout(path: Path, dtype: np.dtype) -> _Layout:
     """Raises UserError for a file that is missing, empty, truncated, or not as its header says."""
     try:
         with open(path, "rb", buffering=0) as file:
-            stamp, head = _stamp_of(os.fstat(file.fileno())), file.read(12)
+            found, head = stamp_of(os.fstat(file.fileno())), file.read(12)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: prepare the data set again") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error}") from error
-    size = stamp[1]
+    size = found[1]
     if size == 0:
         raise UserError(f"{path} is empty: prepare the data set again")
     magic, _, told = struct.unpack("<3i", head) if size >= 4 * HEADER_INTS else (0, 0, 0)
@@ -338,7 +326,7 @@ def _layout(path: Path, dtype: np.dtype) -> _Layout:
         raise UserError(f"{path} holds {count} tokens, and its header says {told}")
     if rest:
         raise UserError(f"{path}: {size} bytes are no whole number of {dtype.name} tokens; is it truncated?")
-    return _Layout(stamp, dtype, begin, count)
+    return _Layout(found, dtype, begin, count)
 
 
 def _map_masks(folder: Path, split: str, tokens: Pieces) -> Pieces | None:
@@ -351,9 +339,9 @@ def _map_masks(folder: Path, split: str, tokens: Pieces) -> Pieces | None:
         other = "has no mask, and others have" if lost[0] in wanted else "has no tokens, but a mask"
         raise UserError(f"{lost[0].with_suffix('.bin')} {other}: prepare the data set again")
     masks = Pieces(wanted, np.dtype("u1"))
-    for path, masked, there in zip(wanted, masks.lengths, tokens.lengths, strict=True):
-        if masked != there:
-            raise UserError(f"{path} is of {masked} tokens, and there are {there}: prepare the data set again")
+    for path, masked, count in zip(wanted, masks.lengths, tokens.lengths, strict=True):
+        if masked != count:
+            raise UserError(f"{path} is of {masked} tokens, and there are {count}: prepare the data set again")
     if not any(mask.any() for mask in masks.heads(len(masks))):
         raise UserError(f"the mask of {folder} ({split}) is 0 throughout, which leaves no target")
     return masks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quartz import checkpoint, curves, run_folder
+from quartz import checkpoint, curves, files, run_folder
 from quartz.errors import UserError
 
 SECONDS = 1.0  # between two looks into the folder
@@ -46,9 +46,10 @@ class Watch:
 
     def newest(self) -> tuple[Path | None, tuple | None]:
         """The checkpoint that was written last, and what tells it from any other."""
-        found = [(_mark(path / "plain.pt" if path.is_dir() else path), path) for path in run_folder.found(self.out_dir)]
-        mark, path = max((its for its in found if its[0]), default=(None, None))
-        return path, mark
+        paths = run_folder.found(self.out_dir)
+        found = [(files.stamp(path / "plain.pt" if path.is_dir() else path), path) for path in paths]
+        stamp, path = max((its for its in found if its[0]), default=(None, None))  # by time
+        return path, stamp
 
     def fail(self, *problems: str) -> None:
         self.problem = " ".join("; ".join(problems).split())  # torch's own words have several lines
@@ -66,24 +67,15 @@ class Watch:
 
     def told(self) -> dict:
         """What is served, and the run's curves: columns of numbers, None where one is not known."""
-        mark, began = _mark(self.log), time.monotonic()
-        if mark != self.read[0] and began >= self.again:
+        stamp, began = files.stamp(self.log), time.monotonic()
+        if stamp != self.read[0] and began >= self.again:
             try:
                 run = curves.read(self.log.parent)
-                self.read = mark, {"updates": thinned(run.updates), "evaluations": thinned(run.evaluations)}
+                self.read = stamp, {"updates": thinned(run.updates), "evaluations": thinned(run.evaluations)}
             except OSError:
                 self.read = None, {}
             self.again = time.monotonic() + PAUSE * (time.monotonic() - began)
         return {**self.served, "problem": self.problem, "updates": {}, "evaluations": {}, **self.read[1]}
-
-
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    """What a file that has not changed keeps, its time first; None where there is none."""
-    try:
-        its = path.stat()
-    except OSError:
-        return None
-    return its.st_mtime_ns, its.st_size, its.st_ino
 
 
 def thinned(columns: dict[str, np.ndarray]) -> dict[str, list[float | None]]:

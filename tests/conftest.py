@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # test processes side by side: threads 
 import numpy as np
 import pytest
 import torch
+from compare import same
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_WORKERS = 8  # of pytest -n auto: each loads torch, and the longest tests decide beyond that
@@ -141,17 +142,6 @@ def train(run):
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def same(a, b) -> bool:
-    """Whether two checkpoints' values are equal, tensors to the bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def records(out_dir) -> list[dict]:

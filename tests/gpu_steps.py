@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import load
 import nanogpt
+from compare import same
 
 import model as model_module
 from model import GPT, GPTConfig
@@ -518,17 +519,6 @@ def tests(bench: Bench) -> None:
     bench.check("pytest ends well", done.returncode == 0)
     for name in re.findall(r"^FAILED (\S+)", done.stdout, re.M):
         bench.tell(f"fails: {name}", False)
-
-
-def same(a, b) -> bool:
-    """Whether two checkpoints' values are equal, tensors to the bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def resume(bench: Bench) -> None:

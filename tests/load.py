@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -32,6 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from quartz import threads  # noqa: E402 - found there
+
 SHAPE = {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
 ROWS = 16
 WORDS = ["the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "it", "by", "he", "at", "from"]
@@ -92,7 +94,6 @@ def free_port() -> int:
 
 def prepare(folder: Path) -> None:
     """The same random weights as a checkpoint, in Hugging Face's layout, and as GGUF."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from model import GPT, GPTConfig
@@ -119,7 +120,7 @@ def servers(folder: Path, dtype: str, llama: str) -> list[Server]:
     found = [ours(folder, dtype, ROWS)]
     if llama:
         port, path = free_port(), export(folder, "gguf", KINDS[dtype])
-        settings = {"model": path, "port": port, "parallel": ROWS, "threads": cores()}
+        settings = {"model": path, "port": port, "parallel": ROWS, "threads": threads.cores()}
         settings |= {"ctx-size": ROWS * SHAPE["block_size"], "cache-type-k": "f32", "cache-type-v": "f32"}  # as ours
         command = [llama, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
         found.append(Server("llama.cpp", port, command, "gpt2", {"ignore_eos": True, "cache_prompt": False}))
@@ -133,10 +134,6 @@ def servers(folder: Path, dtype: str, llama: str) -> list[Server]:
         config = {"generation_config": lambda n: json.dumps({"min_new_tokens": n, "max_new_tokens": n})}
         found.append(Server("transformers", port, command, str(path), config, tells_usage=False))
     return found
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def ours(folder: Path, dtype: str, rows: int) -> Server:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, program
 from server import END, TOKENS, Server, served, until, write_model
 
 from model import GPT, GPTConfig
@@ -27,7 +26,6 @@ from quartz.tokenizer import BPETokenizer, CharTokenizer
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 pytestmark = pytest.mark.clients
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AXE = [
     Path(os.environ.get("QUARTZGPT_NODE_MODULES", ROOT / "tests" / "npm" / "node_modules"), "axe-core", "axe.min.js")
 ]
@@ -39,11 +37,10 @@ STEPS = (0.5, 0.25, 0.1, 0.03, 0.01)  # where the legend says that a colour ends
 
 @pytest.fixture(scope="module")
 def browser():
-    if not CHROMIUM:
-        pytest.skip("this system has no chromium")
+    chromium = program("chromium", "chromium-browser", "google-chrome")
     args = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with playwright.sync_playwright() as its:
-        browser = its.chromium.launch(executable_path=CHROMIUM, args=args)
+        browser = its.chromium.launch(executable_path=chromium, args=args)
         yield browser
         browser.close()
 

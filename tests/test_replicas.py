@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,11 +13,11 @@ if sys.version_info >= (3, 11):
     import tomllib
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, program
+from load import free_port
 from server import Server, httpx, until, write_model
 
 pytestmark = pytest.mark.clients
-NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 BROKEN = "the answer broke off"
 
 
@@ -44,12 +41,6 @@ def settings_of(path) -> set[str]:
     return {*re.findall(r"^(\w+) = ", path.read_text().partition("configurator.configure")[0], re.M)}
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 @pytest.fixture
 def folder(tmp_path):
     write_model(tmp_path)
@@ -69,8 +60,7 @@ def replicas(folder):
 @pytest.fixture
 def front(replicas, tmp_path):
     """nginx's address. Of the file that is shipped, the names and ports are the test's."""
-    if NGINX is None:
-        pytest.skip("this system has no nginx")
+    nginx = program("nginx")
     settings, port = (ROOT / "deploy" / "nginx.conf").read_text(), free_port()
     assert settings.count("server gpt:8000 ") == settings.count("listen 8000;") == settings.count("http {") == 1
     line = next(line for line in settings.splitlines() if "gpt:8000" in line)
@@ -78,7 +68,7 @@ def front(replicas, tmp_path):
     own = [f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
     settings = settings.replace(line, "\n".join(lines)).replace("listen 8000;", f"listen 127.0.0.1:{port};")
     (tmp_path / "nginx.conf").write_text(settings.replace("http {", "\n".join(["http {", *own])))
-    command = [NGINX, "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-g", f"daemon off; pid {tmp_path}/pid;"]
+    command = [nginx, "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-g", f"daemon off; pid {tmp_path}/pid;"]
     with open(tmp_path / "nginx.log", "w") as log:
         process = subprocess.Popen(command, stderr=log)
     url = f"http://127.0.0.1:{port}"

@@ -22,12 +22,10 @@ BODY = {"prompt": "the", "max_tokens": 12, "seed": 5, "return_token_ids": True, 
 @pytest.fixture
 def states(tmp_path, monkeypatch):
     """The iterator over a folder's checkpoints, which sleeps by asking `then` what happens meanwhile."""
-    monkeypatch.setattr("quartz.watch.time.sleep", lambda seconds: next(tmp_path_events))
-    tmp_path_events = iter(())
 
     def of(*events):
-        nonlocal tmp_path_events
-        tmp_path_events = (event() for event in events)
+        happening = (event() for event in events)
+        monkeypatch.setattr("quartz.watch.time.sleep", lambda seconds: next(happening))
         watch = Watch(tmp_path)
         return watch, watch.states()
 
