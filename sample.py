@@ -25,8 +25,8 @@ seed = 1337  # sample k draws with seed + k, so that it is the same text however
 logprobs = ""  # a file to write: for each text a line of JSON with its tokens and the model's log-probability of each
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is float32 on CPUs, bfloat16 on GPUs that compute in it
-quantize = ""  # int8 keeps the weights in 8 bits, with a scale for each row (CPUs; faster where the step is compiled)
-compile = True  # on CPUs, for up to 8 texts at once: compile the step, where that pays or was done before
+quantize = ""  # int8 keeps the weights in 8 bits, with a scale for each row (CPUs)
+compile = True  # on CPUs: compile the step, where that pays or was done before
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
 

@@ -30,8 +30,8 @@ drain_seconds = 30.0  # after SIGTERM, that what was begun has to be finished in
 cache_mb = 256  # memory for the beginnings of prompts, in MiB; 0 keeps none
 device = "auto"  # auto, cpu, cuda, cuda:N, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; auto is float32 on CPUs, bfloat16 on GPUs that compute in it
-quantize = ""  # int8 keeps the weights in 8 bits, with a scale for each row (CPUs; faster where the step is compiled)
-compile = True  # on CPUs, with max_rows up to 8: compile the step; not with watch
+quantize = ""  # int8 keeps the weights in 8 bits, with a scale for each row (CPUs)
+compile = True  # on CPUs: compile the step, which takes seconds, once for a machine
 # ----------------------------------------------------------------------------------------------------------------------
 configurator.configure(globals())
 
@@ -93,17 +93,15 @@ def is_own(name: str) -> bool:
         return False
 
 
-def how() -> tuple[torch.device, torch.dtype, bool]:
-    """Where it is computed, in what, and whether the step may be compiled: with watch that would take longer than a run
-    takes to its next checkpoint."""
+def how() -> tuple[torch.device, torch.dtype]:
+    """Where it is computed, and in what."""
     place = machine.pick_device(device)
-    return place, machine.sampling_dtype(dtype, place), compile and not watch
+    return place, machine.sampling_dtype(dtype, place)
 
 
 def fingerprint(model: GPT) -> str:
     """Of what decides about bits: the weights, by a part of each, the settings and torch."""
-    place, kept, compiles = how()
-    what = model.config, place, kept, quantize, compiles, torch.__version__, torch.get_num_threads()
+    what = model.config, *how(), quantize, compile, torch.__version__, torch.get_num_threads()
     found = hashlib.sha256(repr(what).encode())
     for weight in model.parameters():
         found.update(weight.detach().flatten()[:1024].float().numpy().tobytes())
@@ -115,9 +113,9 @@ def of_model(model: GPT, tokens: Tokenizer, its: str):
     from quartz import api, serving
 
     began = time.monotonic()
-    (place, kept, compiles), block_size = how(), model.config.block_size
+    (place, kept), block_size = how(), model.config.block_size
     compiled.check_memory(model.config, max_rows, block_size, place, kept)
-    engine = compiled.prepare(model, place, kept, quantize == "int8", max_rows, STEPS, compiles, gives_up=True)
+    engine = compiled.prepare(model, place, kept, quantize == "int8", max_rows, STEPS, compile, gives_up=True)
     its += f"-{type(engine).__name__.lower()}-{str(engine.model.lm_head.weight.dtype).removeprefix('torch.')}"
     name = model_name or Path(out_dir if init_from == "resume" else init_from).resolve().name
     name = name.encode("utf-8", "replace").decode()  # a folder's name may be any bytes

@@ -1,72 +1,38 @@
 """Faster engines: a compiled step with weights in fewer bits on CPUs, a CUDA graph on GPUs. `prepare` picks one.
 
-A compiled step is two small packages of machine code, one for a block and one for the head, made by PyTorch's
-ahead-of-time compiler from the model's own code and kept in ~/.cache/quartzgpt for every later run. Its logits
-agree with those of the uncompiled step but for their last bits.
+The compiled step is quartz/step.c, translated once for a machine, whatever the model, and kept in ~/.cache/quartzgpt.
+Its logits agree with those of the uncompiled step but for their last bits, and have the same bits whatever other rows
+stand beside.
 """
 
-import copy
+import ctypes
+import functools
 import hashlib
-import math
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
-import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import model as model_module
-import quartz.engine as engine_module
-from model import GPT, CausalSelfAttention, GPTConfig
+from model import GPT, GPTConfig
 from quartz import machine
 from quartz.engine import CPU, Engine, RowCache
 from quartz.errors import UserError
 
-MAX_COMPILED_ROWS = 8  # above, a matrix product does better than as many products of a matrix and a vector
-COMPILE_SECONDS = 20.0  # what the first compilation takes on two cores, at most
-SLOW_MEMORY = 20e9  # bytes/s that an uncompiled step reads, for the estimate of what compiling saves
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weight is kept in fewer bits, (N, K) with a scale (N,) for int8; float32 in and out.
-
-    For tracing into a compiled step: a sum over each row of the weight, for each of a few rows of x.
-    """
-
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None):
-        super().__init__()
-        for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
-            self.register_buffer(name, tensor)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, shape = self.weight.float(), x.shape[:-1]
-        x = x.reshape(-1, x.size(-1))
-        x = x.as_strided(x.shape, x.stride())  # makes the compiler store x, rather than compute it anew for every sum
-        if len(x) == 1:  # two sums at a time, so that one's additions need not wait for each other
-            y = torch.cat([(half * x[0]).sum(-1) for half in weight.chunk(2)]).view(*shape, -1)
-        else:
-            y = torch.stack([(weight * row).sum(-1) for row in x]).view(*shape, -1)
-        y = y if self.scale is None else y * self.scale
-        return y if self.bias is None else y + self.bias
-
-
-class WrittenOutAttention(CausalSelfAttention):
-    """Attention of one query a row, written out: in a compiled step it becomes loops of its own."""
-
-    def shared(self, t: torch.Tensor) -> torch.Tensor:
-        return t  # read where they are; torch 2.11 cannot trace the copies
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        q, k, v = q.unflatten(1, (self.n_kv, -1)), k.unsqueeze(2), v.unsqueeze(2)  # (B, n_kv, heads of queries, …)
-        scores = (q * k).sum(-1, keepdim=True).mT / math.sqrt(self.head_dim)  # (B, n_kv, heads of queries, 1, keys)
-        weights = scores.masked_fill(~mask.unsqueeze(2), -math.inf).softmax(-1)
-        return (weights.mT * v).sum(-2, keepdim=True).flatten(1, 2)
+MAX_EXACT_ROWS = 8  # more rows in bfloat16 have their prompts read in bfloat16 products
+COMPILE_SECONDS = 2.0  # what the compilation takes
+SLOW_MEMORY = 20e9  # bytes/s that an uncompiled step reads, and
+SLOW_LAYER = 150e-6  # seconds that it takes for a layer beside, for the estimate of what compiling saves
+SHORT = {torch.float32: 32, torch.bfloat16: 16}  # tokens that a step reads as fast as a product does
+OPTIONS = ["-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
+OPTIONS += ["-mcpu=native"] if sys.platform == "darwin" else ["-march=native", "-fopenmp"]
 
 
 class Slots:
@@ -99,24 +65,21 @@ def prepare(
 ):
     """An engine on `place` for `rows` rows, of which `steps` steps are to be expected.
 
-    With more than MAX_COMPILED_ROWS rows in bfloat16, on a CPU that computes in it, products are in bfloat16 too: that
-    is twice as fast.
+    With more than MAX_EXACT_ROWS rows in bfloat16, on a CPU that computes in it, prompts are read by products in
+    bfloat16, which takes half the time; and so are steps that are not compiled.
     """
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)  # where graphs are captured
     if place.type != "cpu":
         return (GraphedStep if place.type == "cuda" else Engine)(model, place, dtype, gives_up=gives_up)
-    if dtype == torch.bfloat16 and not quantize and rows > MAX_COMPILED_ROWS and machine.cpu_has_bfloat16():
-        return Engine(model, place, dtype, dtype, gives_up=gives_up)
-    engine = Engine(model, place, torch.float32, dtype, quantize, gives_up)
-    if may_compile and rows <= MAX_COMPILED_ROWS and model.config.block_size >= 4:
+    in_half = dtype == torch.bfloat16 and not quantize and rows > MAX_EXACT_ROWS and machine.cpu_has_bfloat16()
+    engine = Engine(model, place, dtype if in_half else torch.float32, dtype, quantize, gives_up)
+    if may_compile:
         try:
-            step = CompiledStep(engine, rows)
-            if step.is_compiled() or pays(model.get_num_params(), engine.kept.itemsize, steps):
-                step.compile()
-                return step
+            if library := load(pays(model, engine.kept.itemsize, steps)):
+                return CompiledStep(engine, library)
         except Exception as error:  # whatever a compiler or a folder that is missing, old or broken raises
-            reason = machine.why_no_compiler(place) or f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
             print(f"warning: the step can't be compiled ({reason}); going on without", file=sys.stderr)
     return engine
 
@@ -140,11 +103,12 @@ def check_memory(config: GPTConfig, rows: int, length: int, place: torch.device,
         )
 
 
-def pays(weights: int, each: int, steps: int) -> bool:
-    """Whether compiling saves a run that reads so many weights, of `each` bytes, a quarter of its cost: then from the
+def pays(model: GPT, each: int, steps: int) -> bool:
+    """Whether compiling saves a run of so many steps, with weights of `each` bytes, a quarter of its cost: from the
     fourth such run on it has paid.
     """
-    return steps * weights * (4 - 0.75 * each) / SLOW_MEMORY > COMPILE_SECONDS / 4
+    saved = model.get_num_params() * (4 - 0.75 * each) / SLOW_MEMORY + model.config.n_layer * SLOW_LAYER
+    return steps * saved > COMPILE_SECONDS / 4
 
 
 class GraphedStep(Engine):
@@ -217,120 +181,197 @@ def spread(cache: RowCache, rows: list[int]) -> tuple[list[int], torch.Tensor | 
     return places, index
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# quartz/step.c's structures
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Matrix(Structure):
+    _fields_ = _fields(c_void_p, "weight scale bias") + _fields(c_int64, "outputs inputs kind")
+
+
+class Norm(Structure):
+    _fields_ = _fields(c_void_p, "weight bias")
+
+
+class Layer(Structure):
+    _fields_ = [
+        *_fields(Norm, "ln_1 q_norm k_norm ln_2"),
+        *_fields(Matrix, "attn attn_proj fc fc_proj"),
+        *_fields(c_void_p, "keys values"),
+    ]
+
+
+class Network(Structure):
+    _fields_ = [
+        *_fields(c_int64, "n_layer n_head n_kv head_dim width hidden capacity threads is_gpt2"),
+        ("eps", c_float),
+        ("layers", POINTER(Layer)),
+        ("ln_f", Norm),
+        ("head", Matrix),
+    ]
+
+
+class Call(Structure):
+    _fields_ = [
+        ("n", c_int64),
+        *_fields(c_void_p, "rows positions cos sin x h qkv y f scores"),
+        ("m", c_int64),
+        ("logits", c_void_p),
+    ]
+
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
 class CompiledStep:
-    """An engine whose step, on a CPU and for a fixed number of rows, is machine code for a block and for the head."""
+    """An engine whose step, on a CPU, is machine code from the embeddings to the logits."""
 
-    def __init__(self, engine: Engine, rows: int):
-        self.engine, self.model, self.rows = engine, engine.model, rows
-        self.prefill, self.refill = engine.prefill, engine.refill
-        self.capacity = self.model.config.block_size + 8  # more than any length: the tracer wants the two told apart
-        what = [torch.__version__, self.model.config, rows, engine.kept, torch.get_num_threads(), _cpu()]
-        what += [Path(file).read_bytes() for file in (__file__, engine_module.__file__, model_module.__file__)]
-        key = hashlib.sha256("\n".join(map(repr, what)).encode()).hexdigest()[:16]
-        self.paths = [cache_folder() / f"{part}-{key}.pt2" for part in ("block", "head")]
-
-    def is_compiled(self) -> bool:
-        """Whether the packages are there, and whole: machine code that is damaged would crash."""
-        try:
-            return all(zipfile.ZipFile(path).testzip() is None for path in self.paths)
-        except (OSError, zipfile.BadZipFile, zlib.error):
-            return False
+    def __init__(self, engine: Engine, library: ctypes.CDLL):
+        self.engine, self.model, self.refill, self.compute = engine, engine.model, engine.refill, library.step
+        self.take_weights()
 
     def new_cache(self, rows: int, length: int) -> RowCache:
-        assert rows == self.rows, "compiled for another number of rows"
-        return RowCache(self.model.config, rows, self.capacity, CPU, torch.float32, threads=1)
+        config = self.model.config
+        return RowCache(config, rows, min(length, config.block_size), CPU, torch.float32, threads=1)
 
     def refresh(self) -> None:
         self.engine.refresh()
         self.take_weights()
 
+    @torch.no_grad()
     def take_weights(self) -> None:
-        """Lays out the weights, packed, as the machine code wants them."""
-        matrices = {part.weight for part in self.model.modules() if isinstance(part, nn.Linear)}
-        self.packed = {weight: self.engine.packed(weight) for weight in matrices}
-        self.layers = [list(self.tensors(block).values()) for block in self.model.transformer.h]
-        self.head = nn.Sequential(self.model.transformer.ln_f, self.model.lm_head)
-        self.head_weights = list(self.tensors(self.head).values())
-
-    def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """What `packed_copy(module)` computes with, by name, from this module's weights."""
-        found = {}
-        for name, part in module.named_modules():
-            own = dict(part.named_parameters(recurse=False))
-            if isinstance(part, nn.Linear):
-                own["weight"], own["scale"] = self.packed[part.weight]
-            prefix = f"{name}." if name else ""
-            found |= {prefix + key: tensor.detach() for key, tensor in own.items() if tensor is not None}
-        return found
-
-    def packed_copy(self, module: nn.Module) -> nn.Module:
-        double = copy.deepcopy(module)
-        for name, part in module.named_modules():
-            if isinstance(part, nn.Linear):
-                parent, _, leaf = name.rpartition(".")
-                setattr(double.get_submodule(parent), leaf, PackedLinear(*self.packed[part.weight], part.bias))
-            elif isinstance(part, CausalSelfAttention):
-                double.get_submodule(name).__class__ = WrittenOutAttention
-        return double
-
-    def compile(self) -> None:
-        """Loads the two packages, after making them if need be."""
-        c, transformer = self.model.config, self.model.transformer
-        self.take_weights()
-        if not self.is_compiled():
-            print("compiling the step: about 20 s, kept for every later run of this shape", file=sys.stderr)
-            x = torch.zeros(self.rows, 1, c.n_embd)
-            at, positions = torch.ones(self.rows, dtype=torch.long), torch.arange(2)
-            cache = self.new_cache(self.rows, 0)
-            end = torch.export.Dim("end", min=2, max=self.capacity - 1)
-            block, names = self.packed_copy(transformer.h[0]), list(self.tensors(transformer.h[0]))
-
-            def take_block(x, at, positions, keys, values, rope, weights):
-                slots = Slots([keys], [values], at, positions.size(0))
-                given = dict(zip(names, weights, strict=True))
-                return torch.func.functional_call(block, given, (x, tuple(rope) or None, slots))
-
-            _, rope = self.model.embed(torch.zeros(self.rows, 1, dtype=torch.long), at[:, None])
-            rope = list(rope or ())
-            example = (
-                x,
-                at,
-                positions,
-                cache.keys[0].flatten(0, 1),
-                cache.values[0].flatten(0, 1),
-                rope,
-                self.layers[0],
+        """Notes where the weights lie, in the bits that they are kept in."""
+        c, parts, self.held = self.model.config, self.model.transformer, []
+        self.layers = (Layer * c.n_layer)()
+        for layer, block in zip(self.layers, parts.h, strict=True):
+            attn, mlp = block.attn, block.mlp
+            layer.ln_1, layer.q_norm, layer.k_norm, layer.ln_2 = map(
+                self.norm, (block.ln_1, attn.q_norm, attn.k_norm, block.ln_2)
             )
-            shapes = (None, None, {0: end}, None, None, [None] * len(rope), [None] * len(names))
-            _build(self.paths[0], take_block, example, shapes)
-            packed_head, head_names = self.packed_copy(self.head), list(self.tensors(self.head))
+            layer.attn, layer.attn_proj, layer.fc, layer.fc_proj = map(
+                self.matrix, (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+            )
+        sizes = c.n_layer, c.n_head, c.n_kv_head, c.head_dim, c.n_embd, c.n_hidden, 0, 0, c.arch == "gpt2", c.norm_eps
+        self.network = Network(*sizes, self.layers, self.norm(parts.ln_f), self.matrix(self.model.lm_head))
+        self.cache, self.room = None, 0
 
-            def take_head(x, weights):
-                return torch.func.functional_call(packed_head, dict(zip(head_names, weights, strict=True)), x)
+    def place(self, tensor: torch.Tensor | None) -> int | None:
+        """Where a tensor's numbers lie, which then stay."""
+        if tensor is None:
+            return None
+        self.held.append(tensor.detach().contiguous())
+        return self.held[-1].data_ptr()
 
-            _build(self.paths[1], take_head, (x, self.head_weights), (None, [None] * len(head_names)))
-        self.run_block, self.run_head = map(_load, self.paths)
-        self.positions = torch.arange(self.capacity)
+    def norm(self, its: nn.Module | None) -> Norm:
+        weights = (getattr(its, name, None) for name in ("weight", "bias"))
+        return Norm(*(self.place(weight if weight is None else weight.float()) for weight in weights))
+
+    def matrix(self, its: nn.Linear) -> Matrix:
+        weight, scale = self.engine.packed(its.weight)
+        places = map(self.place, (weight, scale, its.bias if its.bias is None else its.bias.float()))
+        return Matrix(*places, its.out_features, its.in_features, KINDS[weight.dtype])
+
+    def ready(self, cache: RowCache, n: int) -> None:
+        """Notes where a cache lies, and makes room for what is computed of n tokens."""
+        net, c = self.network, self.model.config
+        if cache is not self.cache or net.threads != torch.get_num_threads():
+            self.cache, net.threads, net.capacity = cache, torch.get_num_threads(), cache.keys.size(4)
+            for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+                layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+            self.scores = torch.empty(net.threads, c.n_head // c.n_kv_head, net.capacity)
+        if n > self.room:
+            heads, others = c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim
+            hidden = self.model.transformer.h[0].mlp.c_fc.out_features
+            self.room = n
+            self.between = [torch.empty(n, width) for width in (c.n_embd, heads + others, heads, hidden)]
 
     @torch.no_grad()
+    def run(self, tokens: torch.Tensor, cache: RowCache, rows: list[int], places: list[int], wanted: int):
+        """Puts tokens (n,) into places of rows; returns the logits that follow the last `wanted` of them."""
+        self.ready(cache, len(rows))
+        at, position = torch.tensor(rows), torch.tensor(places)
+        x, rope = self.model.embed(tokens[:, None], position[:, None])
+        x, logits = x.float().contiguous(), torch.empty(wanted, self.model.config.vocab_size)
+        given = (at, position, *(rope or (None, None)), x, *self.between, self.scores)
+        pointers = (its if its is None else its.data_ptr() for its in given)
+        self.compute(byref(self.network), byref(Call(len(rows), *pointers, wanted, logits.data_ptr())))
+        return logits
+
     def step(self, tokens: torch.Tensor, cache: RowCache, rows: list[int]) -> torch.Tensor:
         """As Engine.step."""
-        positions = self.positions[: max(cache.lengths[row] for row in rows) + 1]
-        places, index = spread(cache, rows)
-        at = torch.tensor(places)
-        if index is not None:
-            tokens = torch.zeros(self.rows, dtype=torch.long).index_copy(0, index, tokens)
-        x, rope = self.model.embed(tokens[:, None], at.clamp(max=self.model.config.block_size - 1)[:, None])
-        for weights, keys, values in zip(self.layers, cache.keys[:, 0], cache.values[:, 0], strict=True):
-            (x,) = self.run_block([x, at, positions, keys, values, *(rope or ()), *weights])
-        (logits,) = self.run_head([x, *self.head_weights])
-        return logits[:, 0] if index is None else logits[index, 0]
+        places = [cache.lengths[row] for row in rows]
+        for row in rows:
+            cache.lengths[row] += 1
+        return self.run(tokens, cache, rows, places, len(rows))
+
+    def prefill(self, tokens: Sequence[int], cache: RowCache, row: int, start: int = 0, see: Callable | None = None):
+        """As Engine.prefill. Few tokens are read as a step of so many rows."""
+        n = len(tokens)
+        if n > SHORT[self.model.lm_head.weight.dtype]:
+            return self.engine.prefill(tokens, cache, row, start, see)
+        cache.lengths[row] = start + n
+        logits = self.run(torch.as_tensor(tokens), cache, [row] * n, [*range(start, start + n)], n if see else 1)
+        if see:
+            see(logits)
+        return logits[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The library
+
+
+def load(may_compile: bool) -> ctypes.CDLL | None:
+    """The compiled step; None where it would have to be compiled first, and may not. Raises what a compiler, or a
+    folder for the result, gives cause for.
+    """
+    source = Path(__file__).with_name("step.c").read_bytes()
+    key = hashlib.sha256(b"\n".join([source, _cpu().encode(), *map(str.encode, OPTIONS)])).hexdigest()[:16]
+    path = cache_folder() / f"step-{key}.so"
+    if not is_whole(path):
+        if not may_compile:
+            return None
+        print("compiling the step: a few seconds, kept for every later run", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder, path.name)
+            _build(made)
+            code = made.read_bytes()
+            made.write_bytes(code + hashlib.sha256(code).digest())  # the system's loader does not mind
+            os.replace(made, path)
+    return ctypes.CDLL(str(path))
+
+
+def _build(path: Path) -> None:
+    """Has the C compiler make the library."""
+    named = os.environ.get("CC", "")
+    compiler = next(filter(None, map(shutil.which, [named] if named else ["cc", "gcc", "clang"])), None)
+    if compiler is None:
+        raise FileNotFoundError(f"there is no C compiler{f' {named}, which CC names' if named else ''}")
+    command = [compiler, *OPTIONS, "-o", str(path), str(Path(__file__).with_name("step.c")), "-lm"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if "error" in line]
+        raise RuntimeError(told[0] if told else f"{compiler} failed")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a library is there, and undamaged: machine code that is not would crash."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "quartzgpt"
 
 
+@functools.cache
 def _cpu() -> str:
     """What tells processors apart that do not run each other's code."""
     try:
@@ -338,28 +379,3 @@ def _cpu() -> str:
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return f"{platform.machine()} {platform.processor()}"
-
-
-def _build(path: Path, function: Callable, example: tuple, shapes: tuple) -> None:
-    """Compiles `function` for arguments like `example` into a package at `path`."""
-
-    class Traced(nn.Module):
-        def forward(self, *arguments):
-            return function(*arguments)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad():
-        warnings.simplefilter("ignore")  # PyTorch's remarks on its own deprecations
-        program = torch.export.export(Traced(), example, dynamic_shapes=(shapes,))
-        from torch._inductor import aoti_compile_and_package
-
-        os.replace(aoti_compile_and_package(program, package_path=os.path.join(folder, path.name)), path)
-
-
-def _load(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
-    try:  # what the public function does, without the second that importing the compiler takes
-        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
-    except (AttributeError, TypeError):
-        from torch._inductor import aoti_load_package
-
-        return aoti_load_package(str(path)).loader.run

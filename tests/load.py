@@ -32,7 +32,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from quartz import threads  # noqa: E402 - found there
+import configurator  # noqa: E402 - found there
+from quartz import threads  # noqa: E402
 
 SHAPE = {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
 ROWS = 16
@@ -308,6 +309,8 @@ def main() -> None:
     parser.add_argument("--per_second", type=float, default=1.0, help="requests of the mixed load")
     parser.add_argument("--folder", help="where the models are kept, to be used again")
     options = parser.parse_args()
+    if options.llama and not shutil.which(options.llama):
+        parser.error(f"--llama: there is no program {options.llama}")
     clients = [int(count) for count in options.clients.split(",") if count]
     with contextlib.ExitStack() as stack:
         if options.url:
@@ -334,4 +337,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with configurator.user_errors():
+        main()

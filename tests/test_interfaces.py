@@ -98,13 +98,6 @@ def test_onednn_multiplies_as_a_linear_layer_does():
         torch.testing.assert_close(found, F.linear(x, weight, bias), atol=1e-4, rtol=0)
 
 
-def test_torch_loads_machine_code_without_its_compiler(tmp_path):
-    """torch._C._aoti.AOTIModelPackageLoader: a compiled step. Without it a second is lost at every start."""
-    with pytest.raises(RuntimeError):  # for the missing file, not for these arguments
-        torch._C._aoti.AOTIModelPackageLoader(str(tmp_path / "none.pt2"), "model", False, 1, -1)
-    assert callable(torch._C._aoti.AOTIModelPackageLoader.run)
-
-
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="others list features otherwise")
 def test_torch_says_whether_the_cpu_computes_in_bfloat16():
     """torch.cpu.get_capabilities, or _is_*_supported before it: what dtype 'auto' is on a CPU."""

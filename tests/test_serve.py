@@ -655,16 +655,15 @@ def test_it_serves_on_where_its_log_is_on_a_full_disk(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler, or no Python headers")
+@pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 def test_it_serves_uncompiled_where_the_disk_has_no_room_for_a_compiled_step(folder, tmp_path, monkeypatch, server):
     """A limit on files' sizes stands for the disk."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     body = {"prompt": "the a", "max_tokens": 30, "seed": 5, "logprobs": 1}
     for small in served(folder, "-c", NO_ROOM, max_rows=2, compile=True):
         assert "warning: the step can't be compiled" in small.errors() and "going on without" in small.errors()
         assert small.post(**body).json()["choices"] == server.post(**body).json()["choices"]
-    assert not [*(tmp_path / "cache").glob("**/*.pt2")]
+    assert not [*(tmp_path / "cache").glob("**/*.so")]
 
 
 def test_it_can_be_stopped_while_it_loads(folder):

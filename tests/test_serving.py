@@ -144,7 +144,7 @@ def test_what_a_request_is_told_does_not_depend_on_others(serve, changes):
     assert_same_among_others(serve, lambda: Engine(model), 4, 64, 61)
 
 
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler, or no Python headers")
+@pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 def test_what_a_compiled_step_tells_does_not_depend_on_others(serve, compiled_folder):
     """With contexts of several of a processor's vectors, and rows that are far from even."""
     model = make(block_size=300)

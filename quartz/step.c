@@ -1,0 +1,469 @@
+/* The step of a GPT on a CPU: tokens of several texts in, the logits that follow each of them out.
+
+Read it to see what a token costs once nothing is in the way of reading the weights. It computes what model.py says, in
+float32, with weights of float32, bfloat16 or int8; quartz/compiled.py has a C compiler translate it, once for a machine,
+and calls it.
+
+Every number of a row is summed in one order, whatever rows stand beside it and however many threads there are: they
+share out whole sums, never parts of one. So a text has the same bits alone and among others.
+*/
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Vectors of the width of this machine's registers; a tile is as many sums as these can hold. */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#define ROWS 6
+#elif defined(__AVX__)
+#define WIDTH 8
+#define ROWS 2
+#else
+#define WIDTH 4
+#define ROWS 6
+#endif
+#define OUTPUTS 4
+
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef float floats_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint16_t halves_at __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef int8_t bytes_at __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+
+#define UNROLLED _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+/* A matrix (outputs, inputs) as it lies in memory; int8 has a scale for each of its rows. */
+enum { FLOAT32, BFLOAT16, INT8 };
+static const int64_t SIZES[] = {4, 2, 1}; /* bytes */
+
+struct matrix {
+    const void *weight;
+    const float *scale, *bias; /* (outputs,) or NULL */
+    int64_t outputs, inputs;
+    int64_t kind;
+};
+
+struct norm {
+    const float *weight, *bias; /* (width,); NULL weight: there is no such norm */
+};
+
+struct layer {
+    struct norm ln_1, q_norm, k_norm, ln_2;
+    struct matrix attn, attn_proj, fc, fc_proj;
+    float *keys, *values; /* (rows of the cache, n_kv, capacity, head_dim) */
+};
+
+struct network {
+    int64_t n_layer, n_head, n_kv, head_dim, width, hidden, capacity, threads;
+    int64_t is_gpt2; /* layer norm and GELU, else RMS norm, rotary positions and SwiGLU */
+    float eps;
+    const struct layer *layers;
+    struct norm ln_f;
+    struct matrix head;
+};
+
+/* What a call is about: n tokens, of which each stands at a position of a row of the cache. */
+struct call {
+    int64_t n;
+    const int64_t *rows, *positions;
+    const float *cos, *sin; /* (n, head_dim); NULL for GPT-2 */
+    float *x;               /* (n, width): the embeddings; then what the last block puts out */
+    float *h, *qkv, *y, *f; /* (n, width), (n, (n_head + 2 n_kv) head_dim), (n, n_head head_dim), (n, hidden) */
+    float *scores;          /* (threads, n_head / n_kv, capacity) */
+    int64_t m;              /* how many of the tokens have their logits computed, the last of them */
+    float *logits;          /* (m, outputs of the head) */
+};
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Numbers */
+
+INLINE vec load(const int64_t kind, const void *from, int64_t i) {
+    if (kind == FLOAT32)
+        return *(const floats_at *)((const float *)from + i);
+    if (kind == BFLOAT16) /* the upper half of a float32 */
+        return (vec)(__builtin_convertvector(*(const halves_at *)((const uint16_t *)from + i), ints) << 16);
+    return __builtin_convertvector(__builtin_convertvector(*(const bytes_at *)((const int8_t *)from + i), ints), vec);
+}
+
+INLINE float load_one(const int64_t kind, const void *from, int64_t i) {
+    if (kind == FLOAT32)
+        return ((const float *)from)[i];
+    if (kind == INT8)
+        return ((const int8_t *)from)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)from)[i] << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+typedef float quad __attribute__((vector_size(16)));
+
+/* Halves are added to each other until four numbers are left. */
+INLINE quad folded(vec v) {
+#if WIDTH == 16
+    typedef float oct __attribute__((vector_size(32)));
+    oct half[2];
+    memcpy(half, &v, sizeof v);
+    const oct w = half[0] + half[1];
+#else
+    const vec w = v;
+#endif
+#if WIDTH >= 8
+    quad quarter[2];
+    memcpy(quarter, &w, sizeof w);
+    return quarter[0] + quarter[1];
+#else
+    return w;
+#endif
+}
+
+INLINE float total(vec v) {
+    quad four = folded(v);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t picks __attribute__((vector_size(16)));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (picks){__VA_ARGS__})
+#endif
+
+/* The totals of four, each added up as `total` does. */
+INLINE quad totals(const vec v[4]) {
+    quad a = folded(v[0]), b = folded(v[1]), c = folded(v[2]), d = folded(v[3]);
+    quad ab = PICK(a, b, 0, 1, 4, 5) + PICK(a, b, 2, 3, 6, 7), cd = PICK(c, d, 0, 1, 4, 5) + PICK(c, d, 2, 3, 6, 7);
+    return PICK(ab, cd, 0, 2, 4, 6) + PICK(ab, cd, 1, 3, 5, 7);
+}
+
+INLINE vec instead(ints where, float number, vec x) {
+    return (vec)((where & (ints)((vec){} + number)) | (~where & (ints)x));
+}
+
+/* e to the power of each number, to 2 units in the last place: 2^n times a polynomial (Cephes' expf). */
+INLINE vec exponential(vec x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken off, it rounds to whole numbers */
+    x = instead(x > 88.0f, 88.0f, instead(x < -87.0f, -87.0f, x));
+    vec shifted = x * 1.44269504f + magic, n = shifted - magic;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+}
+
+/* A number of a vector for each i from 0 to n: `more` of them at a time. */
+#define EACH(i, more, n) for (int64_t i = 0, more; i < (n) && (more = (n) - i < WIDTH ? (n) - i : WIDTH); i += WIDTH)
+
+INLINE vec some(const float *from, int64_t count, float rest) {
+    vec v = (vec){} + rest;
+    memcpy(&v, from, count * sizeof(float));
+    return v;
+}
+
+INLINE void put(float *to, vec v, int64_t count) { memcpy(to, &v, count * sizeof(float)); }
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Products */
+
+/* Sums of some rows of x, each times OUTPUTS rows of the weight: the registers hold all of them. With `asks`, what
+   follows in the weight is asked for meanwhile. */
+INLINE void tile(const int64_t kind, const int rows, const int asks, const void *const weight[OUTPUTS], int64_t inputs,
+                 const float *x, int64_t stride, quad sums[ROWS]) {
+    vec sum[ROWS][OUTPUTS];
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int o = 0; o < OUTPUTS; o++)
+            sum[r][o] = (vec){};
+    int64_t i = 0;
+    for (; i + WIDTH <= inputs; i += WIDTH) {
+        vec w[OUTPUTS];
+        UNROLLED for (int o = 0; o < OUTPUTS; o++)
+            w[o] = load(kind, weight[o], i);
+        if (asks && i * SIZES[kind] % 64 == 0)
+            UNROLLED for (int o = 0; o < OUTPUTS; o++)
+                __builtin_prefetch((const char *)weight[o] + (inputs + i) * SIZES[kind], 0, 2);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            vec its = *(const floats_at *)(x + r * stride + i);
+            UNROLLED for (int o = 0; o < OUTPUTS; o++)
+                sum[r][o] += its * w[o];
+        }
+    }
+    UNROLLED for (int r = 0; r < rows; r++)
+        sums[r] = totals(sum[r]);
+    for (; i < inputs; i++)
+        for (int r = 0; r < rows; r++)
+            for (int o = 0; o < OUTPUTS; o++)
+                sums[r][o] = fmaf(x[r * stride + i], load_one(kind, weight[o], i), sums[r][o]);
+}
+
+/* With all that is constant known, the compiler keeps the sums in registers. */
+typedef void tile_of(const void *const *weight, int64_t inputs, const float *x, int64_t stride, quad *sums);
+
+#define TILE(kind, rows, asks)                                                                                         \
+    static void tile_##kind##_##rows##_##asks(const void *const *weight, int64_t inputs, const float *x,               \
+                                              int64_t stride, quad *sums) {                                            \
+        tile(kind, rows, asks, weight, inputs, x, stride, sums);                                                       \
+    }
+#define TILES_OF(kind)                                                                                                 \
+    TILE(kind, 1, 0)                                                                                                   \
+    TILE(kind, 1, 1)                                                                                                   \
+    TILE(kind, 2, 0)                                                                                                   \
+    TILE(kind, 2, 1)                                                                                                   \
+    MORE_TILES_OF(kind)
+#if ROWS == 6
+#define MORE_TILES_OF(kind)                                                                                            \
+    TILE(kind, 3, 0)                                                                                                   \
+    TILE(kind, 3, 1)                                                                                                   \
+    TILE(kind, 4, 0)                                                                                                   \
+    TILE(kind, 4, 1)                                                                                                   \
+    TILE(kind, 5, 0)                                                                                                   \
+    TILE(kind, 5, 1)                                                                                                   \
+    TILE(kind, 6, 0)                                                                                                   \
+    TILE(kind, 6, 1)
+#define ASKING(kind, asks)                                                                                             \
+    {                                                                                                                  \
+        tile_##kind##_1_##asks, tile_##kind##_2_##asks, tile_##kind##_3_##asks, tile_##kind##_4_##asks,                \
+            tile_##kind##_5_##asks, tile_##kind##_6_##asks                                                             \
+    }
+#else
+#define MORE_TILES_OF(kind)
+#define ASKING(kind, asks)                                                                                             \
+    { tile_##kind##_1_##asks, tile_##kind##_2_##asks }
+#endif
+
+TILES_OF(FLOAT32)
+TILES_OF(BFLOAT16)
+TILES_OF(INT8)
+
+static tile_of *const TILES[3][2][ROWS] = {
+    {ASKING(FLOAT32, 0), ASKING(FLOAT32, 1)},
+    {ASKING(BFLOAT16, 0), ASKING(BFLOAT16, 1)},
+    {ASKING(INT8, 0), ASKING(INT8, 1)},
+};
+
+/* For n rows of x (n, stride): y[row][o] = sum, or += sum, for the outputs from `first` to `last`. A tile's rows of the
+   weight stand a quarter of these apart: so memory is read in OUTPUTS long streams, which processors foresee. A lone row
+   is left to that: more is under way at a time than can be asked for. */
+static void product(const struct matrix *m, int64_t first, int64_t last, int64_t n, const float *x, int64_t stride,
+                    float *y, int64_t y_stride, int adds) {
+    const int64_t apart = (last - first + OUTPUTS - 1) / OUTPUTS;
+    for (int64_t o = first; o < first + apart; o++) {
+        const void *weight[OUTPUTS];
+        for (int c = 0; c < OUTPUTS; c++) {
+            int64_t its = o + c * apart < last ? o + c * apart : last - 1; /* one that is not there is not written */
+            weight[c] = (const char *)m->weight + its * m->inputs * SIZES[m->kind];
+        }
+        for (int64_t row = 0; row < n; row += ROWS) {
+            quad sums[ROWS];
+            const int64_t rows = n - row < ROWS ? n - row : ROWS;
+            TILES[m->kind][n > 1 && row == 0][rows - 1](weight, m->inputs, x + row * stride, stride, sums);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t c = 0, out = o; c < OUTPUTS && out < last; c++, out += apart) {
+                    float sum = sums[r][c], *to = y + (row + r) * y_stride + out;
+                    sum = m->scale ? sum * m->scale[out] : sum;
+                    sum = m->bias ? sum + m->bias[out] : sum;
+                    *to = adds ? *to + sum : sum;
+                }
+        }
+    }
+}
+
+/* Outputs are shared out in pieces, so that a thread that was held up has others do more of them. */
+INLINE int64_t piece_of(int64_t outputs, int64_t threads) {
+    int64_t piece = (outputs / (threads * 8) + 15) / 16 * 16;
+    return piece ? piece : 16;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* What comes between */
+
+static void layer_norm(struct norm norm, int64_t width, const float *x, float *y) {
+    vec sum = {}, squares = {};
+    EACH(i, more, width)
+        sum += some(x + i, more, 0);
+    float mean = total(sum) / width;
+    EACH(i, more, width) {
+        vec centred = some(x + i, more, mean) - mean;
+        squares += centred * centred;
+    }
+    float scale = 1 / sqrtf(total(squares) / width + 1e-5f);
+    EACH(i, more, width) {
+        vec its = (some(x + i, more, 0) - mean) * scale * some(norm.weight + i, more, 0);
+        put(y + i, norm.bias ? its + some(norm.bias + i, more, 0) : its, more);
+    }
+}
+
+static void rms_norm(struct norm norm, float eps, int64_t width, const float *x, float *y) {
+    vec squares = {};
+    EACH(i, more, width) {
+        vec its = some(x + i, more, 0);
+        squares += its * its;
+    }
+    float scale = 1 / sqrtf(total(squares) / width + eps);
+    EACH(i, more, width)
+        put(y + i, some(x + i, more, 0) * scale * some(norm.weight + i, more, 0), more);
+}
+
+static void normalise(const struct network *net, struct norm norm, const float *x, float *y) {
+    if (net->is_gpt2)
+        layer_norm(norm, net->width, x, y);
+    else
+        rms_norm(norm, net->eps, net->width, x, y);
+}
+
+/* Channel i turns together with i + head_dim / 2; the sines have their signs. */
+static void rotate(int64_t head_dim, const float *cos, const float *sin, float *x) {
+    int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = fmaf(b, sin[i], a * cos[i]);
+        x[i + half] = fmaf(a, sin[i + half], b * cos[i + half]);
+    }
+}
+
+/* gelu, in GPT-2's form by tanh: 0.5 x (1 + tanh u) = x / (1 + exp(-2 u)) */
+static void gelu(float *x, int64_t count) {
+    EACH(i, more, count) {
+        vec its = some(x + i, more, 0), u = 0.7978845608f * (its + 0.044715f * its * its * its);
+        put(x + i, its / (1.0f + exponential(-2.0f * u)), more);
+    }
+}
+
+static void silu_times(float *gate, const float *up, int64_t count) {
+    EACH(i, more, count) {
+        vec its = some(gate + i, more, 0);
+        put(gate + i, its / (1.0f + exponential(-its)) * some(up + i, more, 0), more);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Attention */
+
+/* Normalises and rotates a token's queries and key of one head of keys, and writes key and value into the cache. */
+static void place(const struct network *net, const struct layer *layer, const struct call *call, int64_t t, int64_t g) {
+    const int64_t d = net->head_dim, each = net->n_head / net->n_kv;
+    float *row = call->qkv + t * (net->n_head + 2 * net->n_kv) * d;
+    float *q = row + g * each * d, *k = row + (net->n_head + g) * d, *v = k + net->n_kv * d;
+    for (int64_t head = 0; head <= each; head++) {
+        float *its = head < each ? q + head * d : k;
+        struct norm norm = head < each ? layer->q_norm : layer->k_norm;
+        if (norm.weight)
+            rms_norm(norm, net->eps, d, its, its);
+        if (call->cos)
+            rotate(d, call->cos + t * d, call->sin + t * d, its);
+    }
+    int64_t at = ((call->rows[t] * net->n_kv + g) * net->capacity + call->positions[t]) * d;
+    memcpy(layer->keys + at, k, d * sizeof(float));
+    memcpy(layer->values + at, v, d * sizeof(float));
+}
+
+/* What the queries of a token read from one head of keys and values, up to the token's own position. */
+static void attend(const struct network *net, const struct layer *layer, const struct call *call, int64_t t, int64_t g,
+                   float *scores) {
+    const int64_t d = net->head_dim, each = net->n_head / net->n_kv, length = call->positions[t] + 1;
+    const int64_t at = (call->rows[t] * net->n_kv + g) * net->capacity * d;
+    const float *q = call->qkv + (t * (net->n_head + 2 * net->n_kv) + g * each) * d, *values = layer->values + at;
+    const struct matrix keys = {layer->keys + at, NULL, NULL, length, d, FLOAT32};
+    product(&keys, 0, length, each, q, d, scores, net->capacity, 0);
+    const float scale = 1 / sqrtf(d);
+    for (int64_t head = 0; head < each; head++) {
+        float *its = scores + head * net->capacity, *y = call->y + (t * net->n_head + g * each + head) * d;
+        float most = its[0];
+        for (int64_t i = 1; i < length; i++)
+            most = its[i] > most ? its[i] : most;
+        vec sum = {};
+        EACH(i, more, length) {
+            vec e = exponential((some(its + i, more, most) - most) * scale), masked = {};
+            put(its + i, e, more);
+            memcpy(&masked, &e, more * sizeof(float));
+            sum += masked;
+        }
+        const float share = 1 / total(sum);
+        int64_t j = 0;
+        for (; j + 4 * WIDTH <= d; j += 4 * WIDTH) {
+            vec read[4] = {};
+            for (int64_t i = 0; i < length; i++)
+                for (int c = 0; c < 4; c++)
+                    read[c] += its[i] * load(FLOAT32, values, i * d + j + c * WIDTH);
+            for (int c = 0; c < 4; c++)
+                put(y + j + c * WIDTH, read[c] * share, WIDTH);
+        }
+        for (; j < d; j += WIDTH) {
+            int64_t more = d - j < WIDTH ? d - j : WIDTH;
+            vec read = {};
+            for (int64_t i = 0; i < length; i++)
+                read += its[i] * some(values + i * d + j, more, 0);
+            put(y + j, read * share, more);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* The step */
+
+#ifdef _OPENMP
+#define SHARE_OUT _Pragma("omp for schedule(dynamic)")
+extern int omp_get_thread_num(void);
+#else
+#define SHARE_OUT
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+/* Shares a product out among the threads. */
+#define SHARED_PRODUCT(m, x, stride, y, y_stride, adds)                                                                \
+    SHARE_OUT for (int64_t first = 0; first < (m)->outputs; first += piece_of((m)->outputs, net->threads)) {          \
+        int64_t last = first + piece_of((m)->outputs, net->threads);                                                   \
+        product(m, first, last < (m)->outputs ? last : (m)->outputs, n, x, stride, y, y_stride, adds);                 \
+    }
+
+static void block(const struct network *net, const struct layer *layer, const struct call *call) {
+    const int64_t n = call->n, width = net->width, hidden = net->hidden, heads = net->n_head * net->head_dim;
+    const int64_t all = heads + 2 * net->n_kv * net->head_dim;
+    float *scores = call->scores + omp_get_thread_num() * (net->n_head / net->n_kv) * net->capacity;
+    SHARE_OUT for (int64_t t = 0; t < n; t++)
+        normalise(net, layer->ln_1, call->x + t * width, call->h + t * width);
+    SHARED_PRODUCT(&layer->attn, call->h, width, call->qkv, all, 0)
+    SHARE_OUT for (int64_t i = 0; i < n * net->n_kv; i++)
+        place(net, layer, call, i / net->n_kv, i % net->n_kv);
+    SHARE_OUT for (int64_t i = 0; i < n * net->n_kv; i++)
+        attend(net, layer, call, i / net->n_kv, i % net->n_kv, scores);
+    SHARED_PRODUCT(&layer->attn_proj, call->y, heads, call->x, width, 1)
+    SHARE_OUT for (int64_t t = 0; t < n; t++)
+        normalise(net, layer->ln_2, call->x + t * width, call->h + t * width);
+    const struct matrix *fc = &layer->fc;
+    const int64_t f_width = net->is_gpt2 ? hidden : 2 * hidden, piece = piece_of(hidden, net->threads);
+    SHARE_OUT for (int64_t first = 0; first < hidden; first += piece) {
+        const int64_t last = first + piece < hidden ? first + piece : hidden;
+        product(fc, first, last, n, call->h, width, call->f, f_width, 0);
+        if (!net->is_gpt2)
+            product(fc, hidden + first, hidden + last, n, call->h, width, call->f, f_width, 0);
+        for (int64_t t = 0; t < n; t++) {
+            float *its = call->f + t * f_width + first;
+            if (net->is_gpt2)
+                gelu(its, last - first);
+            else
+                silu_times(its, its + hidden, last - first);
+        }
+    }
+    SHARED_PRODUCT(&layer->fc_proj, call->f, f_width, call->x, width, 1)
+}
+
+void step(const struct network *net, const struct call *call) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(net->threads)
+#endif
+    {
+        for (int64_t layer = 0; layer < net->n_layer; layer++)
+            block(net, net->layers + layer, call);
+        const int64_t n = call->m, width = net->width;
+        const float *x = call->x + (call->n - n) * width;
+        SHARE_OUT for (int64_t t = 0; t < n; t++)
+            normalise(net, net->ln_f, x + t * width, call->h + t * width);
+        SHARED_PRODUCT(&net->head, call->h, width, call->logits, net->head.outputs, 0)
+    }
+}
