@@ -23,7 +23,7 @@ from torch import nn
 
 from model import GPT, GPTConfig
 from quartz import machine
-from quartz.engine import CPU, Engine, RowCache
+from quartz.engine import CPU, LOGITS_ROWS, Engine, Part, RowCache
 from quartz.errors import UserError
 
 MAX_EXACT_ROWS = 8  # more rows in bfloat16 have their prompts read in bfloat16 products
@@ -290,11 +290,11 @@ class CompiledStep:
             self.between = [torch.empty(n, width) for width in (c.n_embd, heads + others, heads, hidden)]
 
     @torch.no_grad()
-    def run(self, tokens: torch.Tensor, cache: RowCache, rows: list[int], places: list[int], wanted: int):
-        """Puts tokens (n,) into places of rows; returns the logits that follow the last `wanted` of them."""
+    def run(self, cache: RowCache, tokens: Sequence[int], rows: list[int], places: list[int], wanted: int):
+        """Puts tokens into places of rows; returns the logits that follow the last `wanted` of them."""
         self.ready(cache, len(rows))
-        at, position = torch.tensor(rows), torch.tensor(places)
-        x, rope = self.model.embed(tokens[:, None], position[:, None])
+        idx, at, position = (torch.as_tensor(its) for its in (tokens, rows, places))
+        x, rope = self.model.embed(idx[:, None], position[:, None])
         x, logits = x.float().contiguous(), torch.empty(wanted, self.model.config.vocab_size)
         given = (at, position, *(rope or (None, None)), x, *self.between, self.scores)
         pointers = (its if its is None else its.data_ptr() for its in given)
@@ -306,18 +306,45 @@ class CompiledStep:
         places = [cache.lengths[row] for row in rows]
         for row in rows:
             cache.lengths[row] += 1
-        return self.run(tokens, cache, rows, places, len(rows))
+        return self.run(cache, tokens, rows, places, len(rows))
 
     def prefill(self, tokens: Sequence[int], cache: RowCache, row: int, start: int = 0, see: Callable | None = None):
-        """As Engine.prefill. Few tokens are read as a step of so many rows."""
-        n = len(tokens)
-        if n > SHORT[self.model.lm_head.weight.dtype]:
-            return self.engine.prefill(tokens, cache, row, start, see)
-        cache.lengths[row] = start + n
-        logits = self.run(torch.as_tensor(tokens), cache, [row] * n, [*range(start, start + n)], n if see else 1)
-        if see:
-            see(logits)
-        return logits[-1]
+        """As Engine.prefill."""
+        return self.prefill_all([(tokens, row, start, see)], cache)[0]
+
+    def prefill_all(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
+        """As Engine.prefill_all. Short parts are read together, as a step of so many rows."""
+        found, few = [], SHORT[self.model.lm_head.weight.dtype]
+        while len(found) < len(parts):
+            together = []
+            for tokens, *_ in parts[len(found) :]:
+                if len(tokens) > few or sum(map(len, together)) + len(tokens) > LOGITS_ROWS:
+                    break
+                together.append(tokens)
+            if together:
+                found += self.read(parts[len(found) :][: len(together)], cache)
+            else:
+                tokens, *rest = parts[len(found)]
+                found.append(self.engine.prefill(tokens, cache, *rest))
+        return found
+
+    def read(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
+        """Few tokens in all. Those whose logits are wanted come last."""
+        places = []
+        for part, (tokens, row, start, see) in enumerate(parts):
+            cache.lengths[row] = start + len(tokens)
+            for n, token in enumerate(tokens, 1):
+                places.append((bool(see) or n == len(tokens), part, token, row, start + n - 1))
+        places.sort(key=lambda its: its[0])
+        wanted, of_part, tokens, rows, at = map(list, zip(*places, strict=True))
+        logits = self.run(cache, tokens, rows, at, sum(wanted))
+        of_part, found = of_part[-sum(wanted) :], []
+        for part, (_, _, _, see) in enumerate(parts):
+            own = logits[of_part.index(part) : len(of_part) - of_part[::-1].index(part)]
+            if see:
+                see(own)
+            found.append(own[-1])
+        return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ size of a chunk; not on what stands in the other rows, nor on which row it is: o
 decoders of two rows and more. (One of a single row takes quicker products, which round otherwise.)
 """
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 NUMBERS = 64  # random numbers that are drawn in one go
 CHUNK = 256  # tokens of a prompt that are read in one go
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or too large for this dtype"
+TOGETHER = 32  # tokens up to which prompts are read side by side
 READ_COST = 32  # tokens that could be read in the time that it takes to begin, which is that of reading the weights
 
 
@@ -264,28 +266,39 @@ class Decoder:
         return numbers
 
     def _read(self, left: float) -> None:
-        """Reads chunks of the prompts that wait, one after the other, while `left` tokens are enough."""
-        while self.prompts:
-            prompt = self.prompts[0]
-            prompt.start = prompt.reading.skip(self.cache, prompt.rows[0], prompt.ids, prompt.start)
-            ids = prompt.ids[prompt.start : prompt.start + self.chunk]
-            left -= len(ids) + READ_COST
-            if left < 0:
-                break
-            self._read_chunk(prompt, ids)
+        """Reads chunks of the prompts that wait, in their order, while `left` tokens are enough."""
+        while self.prompts and left > 0:
+            chunks: list[tuple[_Prompt, list[int]]] = []  # short ones are read side by side
+            for prompt in self.prompts:
+                prompt.start = prompt.reading.skip(self.cache, prompt.rows[0], prompt.ids, prompt.start)
+                ids = prompt.ids[prompt.start : prompt.start + self.chunk]
+                if chunks and len(ids) > TOGETHER:
+                    break
+                left -= len(ids) + READ_COST
+                if left >= 0:
+                    chunks.append((prompt, ids))
+                if left < 0 or len(ids) > TOGETHER:
+                    break
+            self._read_chunks(chunks)
 
-    def _read_chunk(self, prompt: _Prompt, ids: list[int]) -> None:
-        """Reads the next ids of a prompt, which is the first of those that wait."""
-        (row, *others), reading = prompt.rows, prompt.reading
-        see = reading.see and (lambda logits: reading.see(logits[:, : self.vocab_size].float()))
-        logits = self.engine.prefill(ids, self.cache, row, prompt.start, see)
-        prompt.start += len(ids)
-        reading.has_read(self.cache, row, prompt.ids, prompt.start)
-        if prompt.start == len(prompt.ids):
-            self.prompts.popleft()
-            self.cache.copy(row, others, prompt.start)
-            for row in prompt.rows:
-                self.texts[row].logits = logits[: self.vocab_size].float()
+    def _read_chunks(self, chunks: list[tuple[_Prompt, list[int]]]) -> None:
+        """Reads the next ids of prompts."""
+        parts = []
+        for prompt, ids in chunks:
+            see = prompt.reading.see and functools.partial(self._see, prompt.reading)
+            parts.append((ids, prompt.rows[0], prompt.start, see))
+        for (prompt, ids), logits in zip(chunks, self.engine.prefill_all(parts, self.cache), strict=True):
+            row, *others = prompt.rows
+            prompt.start += len(ids)
+            prompt.reading.has_read(self.cache, row, prompt.ids, prompt.start)
+            if prompt.start == len(prompt.ids):
+                self.prompts.remove(prompt)
+                self.cache.copy(row, others, prompt.start)
+                for row in prompt.rows:
+                    self.texts[row].logits = logits[: self.vocab_size].float()
+
+    def _see(self, reading: Reading, logits: torch.Tensor) -> None:
+        reading.see(logits[:, : self.vocab_size].float())
 
     def _logits(self, rows: list[int], tokens: torch.Tensor | None) -> torch.Tensor:
         """Of the token that follows in each of the rows, (n, V). `tokens` were drawn just before, if any were."""

@@ -1,9 +1,9 @@
 """An engine: a model's weights, made ready to compute logits with for the rows of a decoder; the model is left alone.
 
 Read it to see what a cache of many texts looks like, and why a text's bits do not depend on the rows beside it.
-compiled.py has the faster engines, with the same methods: `new_cache`, `prefill`, `refill`, `step`, and `refresh` for
-when the model's weights have changed. An engine has modules of its own, and its weights lie in the model's memory where
-they are the same, so a model may be sampled from while it trains.
+compiled.py has the faster engines, with the same methods: `new_cache`, `prefill`, `prefill_all`, `refill`, `step`, and
+`refresh` for when the model's weights have changed. An engine has modules of its own, and its weights lie in the
+model's memory where they are the same, so a model may be sampled from while it trains.
 
 On CPUs arithmetic is in float32 whatever the weights are kept in. One token reads every weight once, so decoding is as
 fast as memory delivers them; but fewer bits are read by a compiled step alone, and here weights have the values that
@@ -33,6 +33,10 @@ FOUND: dict[tuple, bool] = {}  # what was seen, by the product's shape
 LOGITS_ROWS = 64  # positions of a prompt whose logits are held at a time, where all are wanted
 WIDTH = 16  # numbers that lie in memory alike, whatever row they are of
 VECTOR = 32  # numbers that a kernel takes at a time: two vectors of 512 bits
+
+
+# Tokens to be read, their row, how many stand before them, and what is given their logits
+Part = tuple[Sequence[int], int, int, Callable[[torch.Tensor], None] | None]
 
 
 class SteadyLinear(nn.Linear):
@@ -346,6 +350,10 @@ class Engine:
         for few in x.split(LOGITS_ROWS, dim=1) if see else ():
             see(self.model.lm_head(few)[0])
         return self.model.lm_head(x[0, -1:])[0]
+
+    def prefill_all(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
+        """`prefill` for each of the parts, in their order."""
+        return [self.prefill(tokens, cache, *rest) for tokens, *rest in parts]
 
     @torch.no_grad()
     def refill(self, texts: list[list[int]], cache: RowCache, rows: list[int]) -> torch.Tensor:

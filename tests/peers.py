@@ -52,7 +52,8 @@ def ours(dtype: str, streams: int, tokens: int):
 
     def run():
         decoder = Decoder(engine, streams, PROMPT + tokens)
-        decoder.admit(prompt, range(streams), tokens, Sampling(temperature=0))
+        for seed in range(streams):  # each reads it, as elsewhere
+            decoder.admit(prompt, [seed], tokens, Sampling(temperature=0))
         while decoder.step():
             pass
         return tokens
