@@ -2,6 +2,7 @@
 
     python tests/peers.py                        # GPT-2 124M with random weights, one stream, then 16
     python tests/peers.py --streams=1 --rounds=3
+    python tests/peers.py --prompt=512 --tokens=1   # how fast a prompt is read, in its tokens a second
     python tests/peers.py --sample=out-shakespeare-char   # sample.py's default work, as whole processes
     python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3  # time and loss, beside nanoGPT
     python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char   # a step beside other work, and nanoGPT's
@@ -10,13 +11,15 @@
 
 Each program sits in a process of its own, loaded and warm, and they take turns; a figure is the median over the rounds,
 and the ratio is that of ours to it. transformers and llama.cpp (`pip install transformers llama-cpp-python gguf`) are
-left out where they are not installed. "full forward" is nanoGPT's way: no cache, the whole context for each token.
+left out where they are not installed, and one that dies, with its reason. "full forward" is nanoGPT's way: no cache,
+the whole context for each token.
 """
 
 import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,7 +29,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-PROMPT = 8  # tokens
 SHAPE = {"block_size": 1024, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768}
 
 
@@ -39,7 +41,7 @@ def network():
     return GPT(GPTConfig(**SHAPE, bias=True)).eval()
 
 
-def ours(dtype: str, streams: int, tokens: int):
+def ours(dtype: str, streams: int, prompt: int, tokens: int):
     import torch
 
     from quartz import compiled
@@ -48,57 +50,53 @@ def ours(dtype: str, streams: int, tokens: int):
     model = network()
     kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     engine = compiled.prepare(model, torch.device("cpu"), kept, dtype == "int8", streams, 10**9, True, True)
-    prompt = torch.randint(SHAPE["vocab_size"], (PROMPT,)).tolist()
+    ids = torch.randint(SHAPE["vocab_size"], (prompt,)).tolist()
 
     def run():
-        decoder = Decoder(engine, streams, PROMPT + tokens)
+        decoder = Decoder(engine, streams, prompt + tokens)
         for seed in range(streams):  # each reads it, as elsewhere
-            decoder.admit(prompt, [seed], tokens, Sampling(temperature=0))
+            decoder.admit(ids, [seed], tokens, Sampling(temperature=0))
         while decoder.step():
             pass
-        return tokens
 
     return run
 
 
-def full_forward(dtype: str, streams: int, tokens: int):
+def full_forward(dtype: str, streams: int, prompt: int, tokens: int):
     import torch
 
     model = network()
-    idx = torch.randint(SHAPE["vocab_size"], (streams, PROMPT + tokens))
-    stride = 16  # of the tokens, every 16th is computed
+    idx = torch.randint(SHAPE["vocab_size"], (streams, prompt + tokens))
+    lengths = range(prompt, prompt + tokens, 16)  # of the tokens, every 16th is computed
 
     @torch.no_grad()
     def run():
-        for length in range(PROMPT, PROMPT + tokens, stride):
+        for length in lengths:
             model(idx[:, :length])[0].argmax()
-        return len(range(PROMPT, PROMPT + tokens, stride))
+        return len(lengths) / tokens
 
     return run
 
 
-def transformers(dtype: str, streams: int, tokens: int):
+def transformers(dtype: str, streams: int, prompt: int, tokens: int):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = {"vocab_size": SHAPE["vocab_size"], "n_positions": SHAPE["block_size"], "n_embd": SHAPE["n_embd"]}
     model = GPT2LMHeadModel(GPT2Config(**shape, n_layer=SHAPE["n_layer"], n_head=SHAPE["n_head"])).eval()
     model = model.to(getattr(torch, dtype))
-    idx = torch.randint(SHAPE["vocab_size"], (1, PROMPT)).repeat(streams, 1)
+    idx = torch.randint(SHAPE["vocab_size"], (1, prompt)).repeat(streams, 1)
     keywords = {"attention_mask": torch.ones_like(idx), "pad_token_id": 0, "do_sample": False}
     keywords |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
 
     @torch.no_grad()
     def run():
         model.generate(idx, **keywords)
-        return tokens
 
     return run
 
 
-def llama_cpp(dtype: str, streams: int, tokens: int):
-    import ctypes
-
+def llama_cpp(dtype: str, streams: int, prompt: int, tokens: int):
     import llama_cpp as lib
     import numpy as np
     import torch
@@ -114,20 +112,31 @@ def llama_cpp(dtype: str, streams: int, tokens: int):
     llama_cpp.keep = quiet
     loaded = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     settings = lib.llama_context_default_params()
-    settings.n_ctx, settings.n_batch = SHAPE["block_size"], 512
+    settings.n_ctx, settings.n_seq_max = streams * max(prompt + tokens, 256), streams  # it rounds up to 256
+    settings.n_batch = max(512, streams * prompt)
     settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
     context = lib.llama_init_from_model(loaded, settings)
     path.unlink()
+    batch = lib.llama_batch_init(streams * prompt, 0, 1)
+
+    def step(ids: list[int], start: int) -> list[int]:
+        """The same tokens behind each stream's `start`, or one for each; returns what follows."""
+        batch.n_tokens = 0
+        for stream in range(streams):
+            for n, token in enumerate(ids[stream : stream + 1] if start else ids):
+                at, batch.n_tokens = batch.n_tokens, batch.n_tokens + 1
+                batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0] = token, start + n, 1, stream
+                batch.logits[at] = bool(start) or n == len(ids) - 1
+        assert lib.llama_decode(context, batch) == 0
+        each = batch.n_tokens // streams
+        logits = (lib.llama_get_logits_ith(context, (stream + 1) * each - 1) for stream in range(streams))
+        return [int(np.ctypeslib.as_array(its, (SHAPE["vocab_size"],)).argmax()) for its in logits]
 
     def run():
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        ids = list(range(PROMPT))
-        for _ in range(tokens):
-            array = (ctypes.c_int32 * len(ids))(*ids)
-            assert lib.llama_decode(context, lib.llama_batch_get_one(array, len(ids))) == 0
-            logits = lib.llama_get_logits_ith(context, -1)
-            ids = [int(np.ctypeslib.as_array(logits, (SHAPE["vocab_size"],)).argmax())]
-        return tokens
+        ids = step([*range(prompt)], 0)
+        for n in range(1, tokens):
+            ids = step(ids, prompt + n - 1)
 
     return run
 
@@ -137,7 +146,8 @@ CASES = {  # streams -> (program, dtype)
     1: [("ours", "float32"), ("full forward", "float32"), ("transformers", "float32"), ("llama.cpp", "float32")]
     + [("ours", "bfloat16"), ("transformers", "bfloat16"), ("llama.cpp", "bfloat16")]
     + [("ours", "int8"), ("llama.cpp", "int8")],
-    16: [("ours", "float32"), ("transformers", "float32"), ("ours", "bfloat16"), ("transformers", "bfloat16")],
+    16: [(name, dtype) for dtype in ("float32", "bfloat16") for name in ("ours", "transformers", "llama.cpp")]
+    + [("ours", "int8"), ("llama.cpp", "int8")],
 }
 
 
@@ -382,23 +392,30 @@ def compare_bpe(path: str, vocab_size: int, rounds: int) -> None:
     print(json.dumps({"ratio": ratio, "rounds": rows}))
 
 
-def work(name: str, dtype: str, streams: int, tokens: int) -> None:
-    """A worker: gets ready, then for each line on stdin generates and answers with its tokens a second."""
-    import torch
-
-    torch.manual_seed(0)
-    run = WORKERS[name](dtype, streams, tokens)
+def work(name: str, dtype: str, streams: int, prompt: int, tokens: int) -> None:
+    """A worker: for each line that it reads, it prints tokens/s; of the prompt, where but one is to follow."""
+    run = WORKERS[name](dtype, streams, prompt, tokens)
     run()
     print("ready", flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
-        count = run()
-        print(streams * count / (time.perf_counter() - began), flush=True)
+        share = run() or 1  # of the work, that it has done
+        print(streams * share * (prompt if tokens == 1 else tokens) / (time.perf_counter() - began), flush=True)
+
+
+def told_by(worker: subprocess.Popen, case: tuple[str, str]) -> str:
+    """A line of a worker's; empty, with a word why, where it has died."""
+    if not (line := worker.stdout.readline()):
+        (_, told), code = worker.communicate(), worker.returncode
+        reason = signal.Signals(-code).name if code < 0 else f"exit {code}: {told.strip().splitlines()[-1:]}"
+        print(f"{case[0]} in {case[1]} is left out: {reason}")
+    return line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--streams", type=int)
+    parser.add_argument("--prompt", type=int, default=8, help="tokens; with --tokens=1 it is their reading that counts")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", nargs=2, metavar=("NAME", "DTYPE"))
@@ -435,7 +452,7 @@ def main() -> None:
     if options.sample_slowly:
         return sample_as_nanogpt_does(options.sample_slowly)
     if options.work:
-        return work(*options.work, options.streams, options.tokens)
+        return work(*options.work, options.streams, options.prompt, options.tokens)
     import torch
 
     from quartz.machine import memory_speed
@@ -445,18 +462,21 @@ def main() -> None:
     for streams in [options.streams] if options.streams else list(CASES):
         workers = {}
         for case in CASES[1 if streams == 1 else 16]:
-            command = [sys.executable, __file__, f"--streams={streams}", f"--tokens={options.tokens}", "--work", *case]
-            worker = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            if worker.stdout.readline() == "ready\n":
+            command = [sys.executable, __file__, f"--streams={streams}", f"--prompt={options.prompt}"]
+            command += [f"--tokens={options.tokens}", "--work", *case]
+            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            worker = subprocess.Popen(command, text=True, **pipes)
+            if told_by(worker, case):
                 workers[case] = worker
-            else:
-                print(f"{case[0]} in {case[1]} is left out: it did not start")
         rates = {case: [] for case in workers}
         for _ in range(options.rounds):
-            for case, worker in workers.items():
+            for case, worker in [*workers.items()]:
                 worker.stdin.write("go\n")
                 worker.stdin.flush()
-                rates[case].append(float(worker.stdout.readline()))
+                if line := told_by(worker, case):
+                    rates[case].append(float(line))
+                else:
+                    del workers[case], rates[case]
         for worker in workers.values():
             worker.stdin.close()
             worker.wait()
@@ -464,10 +484,8 @@ def main() -> None:
             base = rates[("ours", dtype)]
             ratio = statistics.median(a / b for a, b in zip(base, values, strict=True))
             spread = f"{min(values):.1f} to {max(values):.1f}"
-            print(
-                f"{streams:3} x {options.tokens}  {dtype:<9} {name:<13} {statistics.median(values):8.1f} tokens/s "
-                f"({spread}); ours is {ratio:.2f} times as fast"
-            )
+            what = f"{streams:3} x {options.prompt} + {options.tokens}  {dtype:<9} {name:<13}"
+            print(f"{what} {statistics.median(values):8.1f} tokens/s ({spread}); ours is {ratio:.2f} times as fast")
             record[f"{streams} {dtype} {name}"] = {"tokens_per_s": statistics.median(values), "ratio": ratio}
     print(json.dumps(record))
 
