@@ -107,6 +107,7 @@ HOW = {
     ),
     'pip install -e ".[hf,test]" llama-cpp-python gguf': INSTALL,
     "python tests/peers.py": Told("test_docs.test_peers_runs_as_the_pages_say"),
+    "python tests/peers.py --prompt=512 --tokens=1": Told("test_docs.test_peers_runs_as_the_pages_say"),
     "python bench.py --mode=decode --batch_size=1 --dtype=bfloat16": (
         Tried(
             "--device=cpu --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --vocab_size=64"
@@ -146,6 +147,9 @@ HOW = {
     "http://127.0.0.1:8000/v1/completions,tokenizer=out-mine/hf,num_concurrent=4,max_length=512": (
         Told("test_clients.test_lm_eval_over_http_gives_what_its_own_model_gives")
     ),
+    "python tests/load.py --llama=PATH/llama-server --turns=8 --tokens=48": (
+        Told("test_docs.test_servers_are_compared_under_load")
+    ),
     "python serve.py --out_dir=out-mine --watch=True": Told("test_watch.test_a_run_is_served_while_it_trains"),
     "QUARTZGPT_API_KEY=$(openssl rand -hex 24) python serve.py --host=0.0.0.0": (
         Told("test_serve.test_every_route_but_health_wants_the_key")
@@ -178,13 +182,14 @@ ONCE = "--rounds=1"
 FEW_STEPS = f"{ONCE} --steps=11 --batch_size=1"
 PEERS = {  # the same of tests/peers.py, sentences included
     "python tests/peers.py": f"{ONCE} --streams=1 --tokens=8",
+    "python tests/peers.py --prompt=512 --tokens=1": f"{ONCE} --streams=1 --prompt=16",
     "python tests/peers.py --sample=out-shakespeare-char": ONCE,
     "python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3": f"{ONCE} --steps=260 --max_iters=2",
     "python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char --rounds=2 --steps=50": FEW_STEPS,
     "python tests/peers.py --prepare=FILE.jsonl": ONCE,
     "python tests/peers.py --bpe=FILE.jsonl --rounds=1": "--vocab_size=300",
 }
-SHAPE = {"block_size": 64, "vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 64}
+SHAPE = {"block_size": 1024, "n_layer": 1, "n_head": 2, "n_embd": 64}
 YOURS = ("config/mine.py", "FILE", "FOLDER", "BASE")  # what a page leaves to the reader
 
 
@@ -479,22 +484,38 @@ def test_a_command_of_the_pages_does_what_it_says_on_several_processes(command, 
     assert how.says in "".join(out for out, _ in outputs) and (checkout / how.makes).exists()
 
 
+def beside_the_program(name: str, checkout: Path, command: str) -> dict:
+    """What the last line of tests/{name} tells, where it lies, with a network of GPT-2's names but not of its size."""
+    for top in (*VERBS, "model.py", "configurator.py", "quartz"):
+        (checkout / top).symlink_to(ROOT / top)
+    (checkout / "tests").mkdir()
+    for each in ("load.py", "peers.py"):
+        shape = {**SHAPE, "vocab_size": 256} if each == "peers.py" else SHAPE
+        program, count = re.subn("^SHAPE = .*", f"SHAPE = {shape}", (ROOT / "tests" / each).read_text(), flags=re.M)
+        assert count == 1
+        (checkout / "tests" / each).write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(checkout / "cache")}
+    words = [sys.executable, f"tests/{name}", *command.split()]
+    done = subprocess.run(words, env=environment, cwd=checkout, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", PEERS)
 def test_peers_runs_as_the_pages_say(command, checkout, gpt2_bpe):
-    """In the folder where it lies, with a network of GPT-2's names but not of its size."""
     assert any(command in (*commands(page), *in_sentences(page)) for page in PAGES), "no page has this any more"
-    for name in (*VERBS, "model.py", "configurator.py", "quartz"):
-        (checkout / name).symlink_to(ROOT / name)
-    program, count = re.subn("^SHAPE = .*", f"SHAPE = {SHAPE}", (ROOT / "tests/peers.py").read_text(), flags=re.M)
-    assert count == 1
-    (checkout / "tests").mkdir()
-    (checkout / "tests" / "peers.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(checkout / "cache")}
-    words = [sys.executable, *shlex.split(command)[1:], *PEERS[command].split()]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert isinstance(json.loads(done.stdout.splitlines()[-1]), dict)
+    assert beside_the_program("peers.py", checkout, f"{command.partition('peers.py')[2]} {PEERS[command]}")
+
+
+@pytest.mark.slow
+def test_servers_are_compared_under_load(checkout, gpt2_bpe):
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package)
+    settings = "--without=transformers --clients=1,2 --turns=2 --tokens=4 --rounds=1 --seconds=2 --per_second=4"
+    record = beside_the_program("load.py", checkout, settings)
+    assert record["1 serve.py of 16"]["tokens_per_s"] > 0 and record["8 texts"]["of_decoder"] > 0
+    assert record["mixed serve.py of 16"]["first_p99_ms"] >= record["mixed serve.py of 16"]["first_median_ms"] > 0
 
 
 @pytest.mark.parametrize("package", ["hf", "llama_cpp"])
