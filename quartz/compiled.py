@@ -6,23 +6,15 @@ stand beside.
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from model import GPT, GPTConfig
-from quartz import machine
+from quartz import machine, native
 from quartz.engine import CPU, LOGITS_ROWS, Engine, Part, RowCache
 from quartz.errors import UserError
 
@@ -31,8 +23,6 @@ COMPILE_SECONDS = 2.0  # what the compilation takes
 SLOW_MEMORY = 20e9  # bytes/s that an uncompiled step reads, and
 SLOW_LAYER = 150e-6  # seconds that it takes for a layer beside, for the estimate of what compiling saves
 SHORT = {torch.float32: 32, torch.bfloat16: 16}  # tokens that a step reads as fast as a product does
-OPTIONS = ["-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
-OPTIONS += ["-mcpu=native"] if sys.platform == "darwin" else ["-march=native", "-fopenmp"]
 
 
 class Slots:
@@ -76,7 +66,7 @@ def prepare(
     engine = Engine(model, place, dtype if in_half else torch.float32, dtype, quantize, gives_up)
     if may_compile:
         try:
-            if library := load(pays(model, engine.kept.itemsize, steps)):
+            if library := native.load("step", pays(model, engine.kept.itemsize, steps)):
                 return CompiledStep(engine, library)
         except Exception as error:  # whatever a compiler or a folder that is missing, old or broken raises
             reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
@@ -345,64 +335,3 @@ class CompiledStep:
                 see(own)
             found.append(own[-1])
         return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The library
-
-
-def load(may_compile: bool) -> ctypes.CDLL | None:
-    """The compiled step; None where it would have to be compiled first, and may not. Raises what a compiler, or a
-    folder for the result, gives cause for.
-    """
-    source = Path(__file__).with_name("step.c").read_bytes()
-    key = hashlib.sha256(b"\n".join([source, _cpu().encode(), *map(str.encode, OPTIONS)])).hexdigest()[:16]
-    path = cache_folder() / f"step-{key}.so"
-    if not is_whole(path):
-        if not may_compile:
-            return None
-        print("compiling the step: a few seconds, kept for every later run", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder, path.name)
-            _build(made)
-            code = made.read_bytes()
-            made.write_bytes(code + hashlib.sha256(code).digest())  # the system's loader does not mind
-            os.replace(made, path)
-    return ctypes.CDLL(str(path))
-
-
-def _build(path: Path) -> None:
-    """Has the C compiler make the library."""
-    named = os.environ.get("CC", "")
-    compiler = next(filter(None, map(shutil.which, [named] if named else ["cc", "gcc", "clang"])), None)
-    if compiler is None:
-        raise FileNotFoundError(f"there is no C compiler{f' {named}, which CC names' if named else ''}")
-    command = [compiler, *OPTIONS, "-o", str(path), str(Path(__file__).with_name("step.c")), "-lm"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        told = [line for line in done.stderr.splitlines() if "error" in line]
-        raise RuntimeError(told[0] if told else f"{compiler} failed")
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a library is there, and undamaged: machine code that is not would crash."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(data[:-32]).digest() == data[-32:]
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "quartzgpt"
-
-
-@functools.cache
-def _cpu() -> str:
-    """What tells processors apart that do not run each other's code."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"

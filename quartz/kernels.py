@@ -1,21 +1,27 @@
 """Faster ways on CPUs to compute what model.py says plainly, installed into a model from outside by `install`.
 
-Read it when a training step on a CPU is too slow, or after a change of model.py's attention, norm or dropout: what is
-here stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. In
-evaluation, without gradients or under torch.compile a module computes what model.py says. Attention and dropout do so
-on other devices too; the norm's own backward pass serves on each.
+Read it when a training step on a CPU is too slow, or after a change of model.py's attention, MLP, norm or dropout: what
+is here stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. In
+evaluation, without gradients or under torch.compile a module computes what model.py says; so it does on other devices,
+but for the norm's own backward pass. What comes between the products of qwen3 and llama is quartz/passes.c's, where
+there is a C compiler.
 """
 
+import ctypes
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from model import CausalSelfAttention, RMSNorm, rotate
+from model import MLP, CausalSelfAttention, RMSNorm, rotate
+from quartz import native
 
 TILED_ATTENTION = 512  # the longest context whose attention weights are kept for the backward pass
 TILE_QUERIES, TILE_WEIGHTS = 128, 2**21
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # that quartz/passes.c reads and writes
+BLOCKS = 64  # parts in which it sums over rows
 
 
 def install(model: nn.Module) -> None:
@@ -48,11 +54,84 @@ class RMSNormInTraining(torch.autograd.Function):
         return (grad * weight).addcmul_(unit, mean, value=-1).mul_(scale), grad_weight, None
 
 
+@functools.cache
+def passes() -> ctypes.CDLL | None:
+    """quartz/passes.c; None where it can't be compiled, and kept."""
+    try:
+        return native.load("passes", may_compile=True)
+    except Exception:  # whatever a compiler or a folder that is missing, old or broken raises
+        return None
+
+
+def in_passes(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in KINDS and passes() is not None
+
+
+def at(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p | None]:
+    return [tensor if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+def sizes(*numbers: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(number) for number in (torch.get_num_threads(), *numbers)]
+
+
+class NormInPasses(torch.autograd.Function):
+    """RMSNormInTraining of float32 in one pass each way; the result in `dtype`, whose product is to follow."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype):
+        x, weight = x.contiguous(), weight.contiguous()
+        y, scale = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
+        numbers = sizes(KINDS[dtype], scale.numel(), x.size(-1))
+        passes().norm_forward(*numbers, ctypes.c_float(eps), *at(x, weight, scale, y))
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        x, weight, scale = ctx.saved_tensors
+        grad, grad_x, parts = grad.contiguous(), torch.empty_like(x), torch.zeros(BLOCKS, x.size(-1))
+        numbers = sizes(KINDS[grad.dtype], scale.numel(), x.size(-1))
+        passes().norm_backward(*numbers, *at(x, weight, scale, grad, grad_x, parts))
+        return grad_x, parts.sum(0), None, None
+
+
 class FastRMSNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not trains(self):
             return super().forward(x)
+        if in_passes(x):
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            if dtype in KINDS:
+                return NormInPasses.apply(x.float(), self.weight.float(), self.eps, dtype)
         return RMSNormInTraining.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
+
+
+class SwiGLUInPasses(torch.autograd.Function):
+    """silu(gate) * up, x (…, 2 n_hidden) holding both."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor):
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], x.size(-1) // 2, dtype=x.dtype)
+        passes().swiglu_forward(*sizes(KINDS[x.dtype], y.numel() // y.size(-1), y.size(-1)), *at(x, y))
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (x,) = ctx.saved_tensors
+        grad, grad_x = grad.contiguous(), torch.empty_like(x)
+        numbers = sizes(KINDS[x.dtype], grad.numel() // grad.size(-1), grad.size(-1))
+        passes().swiglu_backward(*numbers, *at(x, grad, grad_x))
+        return grad_x
+
+
+class FastMLP(MLP):
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_gated and trains(self) and in_passes(x):
+            return SwiGLUInPasses.apply(x)
+        return super().activate(x)
 
 
 def drop_mask(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -132,10 +211,52 @@ def heads_at_once(attention: CausalSelfAttention, qkv: torch.Tensor, rope, rms_n
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+class Heads(ctypes.Structure):
+    """quartz/passes.c's struct heads."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("threads", "kind", "batch", "length", "n_head", "n_kv", "head_dim")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("q_weight", "k_weight", "cos", "sin")),
+    ]
+
+
+class HeadsInPasses(torch.autograd.Function):
+    """heads_at_once, in qkv's dtype: q, k, v (B, heads, T, head_dim)."""
+
+    @staticmethod
+    def forward(
+        ctx, qkv: torch.Tensor, q_weight, k_weight, eps: float, cos: torch.Tensor, sin: torch.Tensor, n_head, n_kv
+    ):
+        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        (B, T, _, D), given = qkv.shape, (q_weight, k_weight, cos, sin)
+        numbers = torch.get_num_threads(), KINDS[qkv.dtype], B, T, n_head, n_kv, D
+        ctx.heads = Heads(*numbers, eps, *at(*given))
+        q, k, v = (torch.empty(B, heads, T, D, dtype=qkv.dtype) for heads in (n_head, n_kv, n_kv))
+        scale = torch.empty(B, T, n_head + n_kv)
+        passes().heads_forward(ctypes.byref(ctx.heads), *at(qkv, scale, q, k, v))
+        ctx.save_for_backward(qkv, scale, *given)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):
+        qkv, scale, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        ctx.heads.q_weight, ctx.heads.k_weight, ctx.heads.cos, ctx.heads.sin = at(q_weight, k_weight, cos, sin)
+        grads, parts = [grad.contiguous() for grad in grads], torch.zeros(BLOCKS, 2, qkv.size(-1))
+        grad_qkv = torch.empty_like(qkv)
+        passes().heads_backward(ctypes.byref(ctx.heads), *at(qkv, scale, *grads, grad_qkv, parts))
+        return grad_qkv, *(parts.sum(0) if q_weight is not None else (None, None)), *(None,) * 5
+
+
 class FastAttention(CausalSelfAttention):
     def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if rope is None or not trains(self):
             return super().heads(qkv, rope)
+        if in_passes(qkv) and self.head_dim <= 1024:
+            norms = (None, None, 0.0)
+            if self.q_norm is not None:
+                norms = self.q_norm.weight.float(), self.k_norm.weight.float(), self.q_norm.eps
+            return HeadsInPasses.apply(qkv, *norms, *(table.squeeze(-2) for table in rope), self.n_head, self.n_kv)
         return heads_at_once(self, qkv, rope, RMSNormInTraining.apply)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -145,4 +266,4 @@ class FastAttention(CausalSelfAttention):
         return super().attend(q, k, v, mask)
 
 
-FASTER = {RMSNorm: FastRMSNorm, nn.Dropout: FastDropout, CausalSelfAttention: FastAttention}
+FASTER = {RMSNorm: FastRMSNorm, nn.Dropout: FastDropout, CausalSelfAttention: FastAttention, MLP: FastMLP}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model import GPT, GPTConfig
-from quartz import checkpoint, compiled, lora
+from quartz import checkpoint, compiled, lora, native
 from quartz.compiled import CompiledStep, GraphedStep, Slots, pays, prepare
 from quartz.decoder import Decoder, Sampling, complete
 from quartz.engine import Engine, SteadyLinear, quantize_rows
@@ -292,7 +292,7 @@ def test_without_a_working_compiler_it_goes_on_with_a_warning(tmp_path, monkeypa
         monkeypatch.setenv("CC", str(compiler))
         assert type(prepare(model, CPU, torch.float32, False, 1, 10**9, True)) is Engine
         err = capfd.readouterr().err
-        assert err.count("\n") == 2 and "warning: the step can't be compiled" in err and told in err
+        assert err.count("\n") == 1 and "warning: the step can't be compiled" in err and told in err
         assert "more lines" not in err
     for steps, may_compile in ((10**9, False), (1, True)):
         assert type(prepare(model, CPU, torch.float32, False, 1, steps, may_compile)) is Engine
@@ -301,29 +301,27 @@ def test_without_a_working_compiler_it_goes_on_with_a_warning(tmp_path, monkeypa
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
-def test_a_damaged_library_is_made_anew(tmp_path, monkeypatch, capfd):
+def test_a_damaged_library_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiled.load(may_compile=False) is None
-    compiled.load(may_compile=True)
+    assert native.load("step", may_compile=False) is None
+    native.load("step", may_compile=True)
     (path,) = tmp_path.glob("quartzgpt/*")
     whole = path.read_bytes()
     for bad in (b"", b"\x7fELF", whole[:500] + b"2" + whole[501:], whole[:-1]):
         path.write_bytes(bad)
-        assert not compiled.is_whole(path) and compiled.load(may_compile=False) is None
+        assert not native.is_whole(path) and native.load("step", may_compile=False) is None
     # Another one, which the system's loader does not take for one that this process has loaded already
     path.unlink()
-    capfd.readouterr()
-    assert compiled.load(may_compile=True) and "compiling the step" in capfd.readouterr().err
-    assert compiled.is_whole(path) and [*tmp_path.glob("quartzgpt/*")] == [path]
+    assert native.load("step", may_compile=True) and native.is_whole(path) and [*tmp_path.glob("quartzgpt/*")] == [path]
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 @pytest.mark.parametrize("machine_code", [[], ["-mavx2", "-mfma"]], ids=["any processor", "AVX2"])
 def test_other_widths_of_vectors_compute_the_same(tmp_path, monkeypatch, machine_code):
     """What a machine with narrower vectors, or without OpenMP, would be given; as far as this one runs it."""
-    if machine_code and "avx2" not in compiled._cpu().split():
+    if machine_code and "avx2" not in native._cpu().split():
         pytest.skip("this CPU has no AVX2")
-    monkeypatch.setattr(compiled, "OPTIONS", [*compiled.OPTIONS[:4], *machine_code])
+    monkeypatch.setattr(native, "OPTIONS", [*native.OPTIONS[:4], *machine_code])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for changes in ({}, QWEN3):
         model = make(**changes)
@@ -336,9 +334,10 @@ def test_other_widths_of_vectors_compute_the_same(tmp_path, monkeypatch, machine
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
-def test_the_step_compiles_without_a_warning(tmp_path):
-    source = compiled.__file__.replace("compiled.py", "step.c")
-    command = ["cc", *compiled.OPTIONS, "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "step.so", source]
+@pytest.mark.parametrize("name", ["step", "passes"])
+def test_what_is_in_c_compiles_without_a_warning(tmp_path, name):
+    source = compiled.__file__.replace("compiled.py", f"{name}.c")
+    command = ["cc", *native.OPTIONS, "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "made.so", source]
     subprocess.run(command, check=True)
 
 

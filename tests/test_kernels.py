@@ -71,8 +71,76 @@ ARCHITECTURES = {
 }
 
 
+@pytest.fixture(params=["C", "torch"])
+def passes(request, monkeypatch):
+    """Whether there is a C compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "passes", lambda: None)
+    elif kernels.passes() is None:
+        pytest.skip("no C compiler")
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets their number, for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 4), (60, 6, 2), (40, 1, 1)], ids=str)
+def test_passes_in_c_give_the_gradients_of_what_model_py_says(shape, threads):
+    """Norms, SwiGLU and heads in float32, of widths that are no multiple of a vector's, by one thread as by three: the
+    same bits."""
+    if kernels.passes() is None:
+        pytest.skip("no C compiler")
+    width, n_head, n_kv = shape
+    for arch in ("qwen3", "llama"):
+        torch.manual_seed(0)
+        config = GPTConfig(37, 65, 1, n_head, width, bias=False, arch=arch, n_kv_head=n_kv, n_hidden=3 * width // 2 + 1)
+        plain = GPT(config)
+        with torch.no_grad():
+            for p in plain.parameters():
+                p.add_(torch.randn_like(p) * 0.3)
+        fast, idx, found = copy.deepcopy(plain), torch.randint(65, (3, 38)), []
+        kernels.install(fast)
+        for count in (1, 3):
+            threads(count)
+            found.append(loss_and_gradients(fast, idx, autocast=False))
+        inside = fast.transformer.h[0]
+        x = torch.randn(3, 37, width, requires_grad=True)
+        results = []
+        for count in (1, 3, 7):
+            threads(count)
+            y = inside.ln_1(x)
+            qkv = torch.randn(3, 37, n_head + 2 * n_kv, width // n_head, generator=torch.Generator().manual_seed(1))
+            rope = fast.embed(idx[:, :37], torch.arange(37))[1]
+            q, k, v = inside.attn.heads(qkv.requires_grad_(), rope)
+            total = y.square().sum() + q.square().sum() + (k * 2).sin().sum() + v.cos().sum()
+            results.append([y, q, k, v, *torch.autograd.grad(total, [x, qkv, inside.ln_1.weight])])
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+        for ours, theirs in zip(found[0], loss_and_gradients(plain, idx, autocast=False), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_no_number_stays_none():
+    """NaN and infinities through bfloat16."""
+    if kernels.passes() is None:
+        pytest.skip("no C compiler")
+    x = torch.tensor([[math.nan, 1.0, math.inf, 2.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.bfloat16)
+    found = kernels.SwiGLUInPasses.apply(x)
+    gate, up = x.float().chunk(2, -1)
+    assert torch.equal(found.isnan(), (F.silu(gate) * up).isnan()) and found[0, 2] == math.inf
+    numbers = torch.randn(4096).mul(torch.logspace(-30, 30, 4096))[None]
+    ones = torch.full_like(numbers, 100.0)  # silu(100) is 100
+    both = torch.cat([ones, numbers / 100], -1).bfloat16()
+    wanted = (both[:, :4096].float() * both[:, 4096:].float()).bfloat16()
+    assert torch.equal(kernels.SwiGLUInPasses.apply(both), wanted)  # rounded as PyTorch rounds
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_faster_ways_agree_with_what_model_py_says(arch):
+def test_the_faster_ways_agree_with_what_model_py_says(arch, passes):
     """If this fails after a change of attention, norm or dropout in model.py, change quartz/kernels.py with it.
 
     Loss and gradients of the whole network: in float32 to its rounding; in bfloat16, whose products are rounded at

@@ -1,0 +1,220 @@
+/* What a training step does between its products, each in one pass over memory: norms, SwiGLU, and queries, keys and
+   values on their way to attention; with their backward passes.
+
+Read it when a step of qwen3 or llama on a CPU is slow. It computes what model.py says; quartz/kernels.py calls it.
+Numbers are read and written in float32 or bfloat16 (`kind`), and computed in float32. Sums over rows are taken in BLOCKS
+parts, which are shared out among the threads and added up in their order: so bits do not depend on the number of threads.
+*/
+
+#include "vectors.h"
+
+enum { BLOCKS = 64 };
+
+INLINE vec take(const int64_t kind, const void *from, int64_t i, int64_t count) {
+    if (count == WIDTH)
+        return load(kind, from, i);
+    float some_of[WIDTH] = {0};
+    for (int64_t j = 0; j < count; j++)
+        some_of[j] = load_one(kind, from, i + j);
+    vec v;
+    memcpy(&v, some_of, sizeof v);
+    return v;
+}
+
+/* To bfloat16 by rounding to the nearest, a tie to the even one; what is no number stays none. */
+INLINE void give(const int64_t kind, void *to, int64_t i, vec v, int64_t count) {
+    if (kind == FLOAT32) {
+        put((float *)to + i, v, count);
+        return;
+    }
+    ints bits = (ints)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, is_none = v != v;
+    rounded = (is_none & 0x7fc0) | (~is_none & rounded);
+    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+    halves half = __builtin_convertvector(rounded, halves);
+    if (count == WIDTH)
+        memcpy((uint16_t *)to + i, &half, sizeof half);
+    else
+        memcpy((uint16_t *)to + i, &half, count * sizeof(uint16_t));
+}
+
+#ifdef _OPENMP
+#define EACH_BLOCK _Pragma("omp parallel for schedule(static) num_threads(threads)")
+#else
+#define EACH_BLOCK
+#endif
+
+INLINE int64_t start_of(int64_t block, int64_t n) { return n * block / BLOCKS; }
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* RMS norm: y = x * scale * weight, scale = 1 / sqrt(mean of squares + eps) */
+
+void norm_forward(int64_t threads, int64_t kind, int64_t n, int64_t width, float eps, const float *x, const float *weight,
+                  float *scales, void *y) {
+    (void)threads;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
+        for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++) {
+            const float *its = x + row * width;
+            vec squares = {};
+            EACH(i, more, width) {
+                vec v = some(its + i, more, 0);
+                squares += v * v;
+            }
+            const float scale = scales[row] = 1 / sqrtf(total(squares) / width + eps);
+            EACH(i, more, width)
+                give(kind, y, row * width + i, some(its + i, more, 0) * scale * some(weight + i, more, 0), more);
+        }
+}
+
+/* grad_x = scale * (g - unit * mean(g * unit)), with g = grad * weight and unit = x * scale; grad_weight in parts. */
+void norm_backward(int64_t threads, int64_t kind, int64_t n, int64_t width, const float *x, const float *weight,
+                   const float *scales, const void *grad, float *grad_x, float *parts) {
+    (void)threads;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++) {
+        float *part = parts + block * width;
+        for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++) {
+            const float *its = x + row * width, scale = scales[row];
+            vec along = {};
+            EACH(i, more, width) {
+                vec unit = some(its + i, more, 0) * scale, g = take(kind, grad, row * width + i, more);
+                along += g * unit * some(weight + i, more, 0);
+                put(part + i, some(part + i, more, 0) + g * unit, more);
+            }
+            const float mean = total(along) / width;
+            EACH(i, more, width) {
+                vec unit = some(its + i, more, 0) * scale, g = take(kind, grad, row * width + i, more);
+                put(grad_x + row * width + i, (g * some(weight + i, more, 0) - unit * mean) * scale, more);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* SwiGLU: y = silu(gate) * up, of rows that hold both */
+
+void swiglu_forward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, const void *x, void *y) {
+    (void)threads;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
+        for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
+            EACH(i, more, hidden) {
+                vec gate = take(kind, x, 2 * row * hidden + i, more), up = take(kind, x, (2 * row + 1) * hidden + i, more);
+                give(kind, y, row * hidden + i, gate / (1.0f + exponential(-gate)) * up, more);
+            }
+}
+
+void swiglu_backward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, const void *x, const void *grad,
+                     void *grad_x) {
+    (void)threads;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
+        for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
+            EACH(i, more, hidden) {
+                vec gate = take(kind, x, 2 * row * hidden + i, more), up = take(kind, x, (2 * row + 1) * hidden + i, more);
+                vec g = take(kind, grad, row * hidden + i, more), share = 1.0f / (1.0f + exponential(-gate));
+                give(kind, grad_x, 2 * row * hidden + i, g * up * share * (1.0f + gate * (1.0f - share)), more);
+                give(kind, grad_x, (2 * row + 1) * hidden + i, g * gate * share, more);
+            }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Heads: (batch, T, n_head + 2 n_kv, head_dim) to queries, keys and values (batch, heads, T, head_dim), the first two
+   normalised (where there are weights) and rotated: channel i together with i + head_dim / 2, by sines with their signs */
+
+struct heads {
+    int64_t threads, kind, batch, length, n_head, n_kv, head_dim;
+    float eps;
+    const float *q_weight, *k_weight; /* (head_dim,) or NULL */
+    const float *cos, *sin;           /* (T, head_dim) */
+};
+
+/* Where head h of a row of qkv lies in its own tensor, of q, k and v. */
+INLINE void *place(const struct heads *s, int64_t row, int64_t h, void *q, void *k, void *v) {
+    const int64_t size = SIZES[s->kind] * s->head_dim, batch = row / s->length, t = row % s->length;
+    void *of = h < s->n_head ? q : h < s->n_head + s->n_kv ? k : v;
+    const int64_t heads = h < s->n_head ? s->n_head : s->n_kv, own = h < s->n_head ? h : (h - s->n_head) % s->n_kv;
+    return (char *)of + ((batch * heads + own) * s->length + t) * size;
+}
+
+void heads_forward(const struct heads *s, const void *qkv, float *scales, void *q, void *k, void *v) {
+    const int64_t n = s->batch * s->length, d = s->head_dim, half = d / 2, all = s->n_head + 2 * s->n_kv;
+    const int64_t turned = s->n_head + s->n_kv, threads = s->threads;
+    (void)threads;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
+        for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
+            for (int64_t h = 0; h < all; h++) {
+                const void *from = (const char *)qkv + (row * all + h) * d * SIZES[s->kind];
+                void *to = place(s, row, h, q, k, v);
+                if (h >= turned) {
+                    memcpy(to, from, d * SIZES[s->kind]);
+                    continue;
+                }
+                const float *weight = h < s->n_head ? s->q_weight : s->k_weight;
+                const float *cos = s->cos + row % s->length * d, *sin = s->sin + row % s->length * d;
+                float scale = 1;
+                if (weight) {
+                    vec squares = {};
+                    EACH(i, more, d) {
+                        vec its = take(s->kind, from, i, more);
+                        squares += its * its;
+                    }
+                    scale = scales[row * turned + h] = 1 / sqrtf(total(squares) / d + s->eps);
+                }
+                EACH(i, more, half) {
+                    vec a = take(s->kind, from, i, more) * scale, b = take(s->kind, from, half + i, more) * scale;
+                    if (weight) {
+                        a *= some(weight + i, more, 0);
+                        b *= some(weight + half + i, more, 0);
+                    }
+                    give(s->kind, to, i, a * some(cos + i, more, 0) + b * some(sin + i, more, 0), more);
+                    give(s->kind, to, half + i,
+                         b * some(cos + half + i, more, 0) + a * some(sin + half + i, more, 0), more);
+                }
+            }
+}
+
+/* parts: of the weights' gradients, (BLOCKS, 2, head_dim) */
+void heads_backward(const struct heads *s, const void *qkv, const float *scales, const void *grad_q, const void *grad_k,
+                    const void *grad_v, void *grad_qkv, float *parts) {
+    const int64_t n = s->batch * s->length, d = s->head_dim, half = d / 2, all = s->n_head + 2 * s->n_kv;
+    const int64_t turned = s->n_head + s->n_kv, threads = s->threads;
+    (void)threads;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
+        for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
+            for (int64_t h = 0; h < all; h++) {
+                const void *x = (const char *)qkv + (row * all + h) * d * SIZES[s->kind];
+                void *to = (char *)grad_qkv + (row * all + h) * d * SIZES[s->kind];
+                const void *grad = place(s, row, h, (void *)grad_q, (void *)grad_k, (void *)grad_v);
+                if (h >= turned) {
+                    memcpy(to, grad, d * SIZES[s->kind]);
+                    continue;
+                }
+                const float *weight = h < s->n_head ? s->q_weight : s->k_weight;
+                const float *cos = s->cos + row % s->length * d, *sin = s->sin + row % s->length * d;
+                const float scale = weight ? scales[row * turned + h] : 1;
+                float *part = parts + (2 * block + (h >= s->n_head)) * d, mean = 0;
+                float turned_back[2][512];
+                vec along = {};
+                EACH(i, more, half) {
+                    vec a = take(s->kind, grad, i, more), b = take(s->kind, grad, half + i, more);
+                    vec low = a * some(cos + i, more, 0) + b * some(sin + half + i, more, 0);
+                    vec high = b * some(cos + half + i, more, 0) + a * some(sin + i, more, 0);
+                    if (weight) {
+                        vec unit_low = take(s->kind, x, i, more) * scale, unit_high = take(s->kind, x, half + i, more) * scale;
+                        put(part + i, some(part + i, more, 0) + low * unit_low, more);
+                        put(part + half + i, some(part + half + i, more, 0) + high * unit_high, more);
+                        low *= some(weight + i, more, 0);
+                        high *= some(weight + half + i, more, 0);
+                        along += low * unit_low + high * unit_high;
+                    }
+                    put(turned_back[0] + i, low, more);
+                    put(turned_back[1] + i, high, more);
+                }
+                if (weight)
+                    mean = total(along) / d;
+                for (int64_t part_of = 0; part_of < 2; part_of++)
+                    EACH(i, more, half) {
+                        vec g = some(turned_back[part_of] + i, more, 0);
+                        if (weight)
+                            g = (g - take(s->kind, x, part_of * half + i, more) * scale * mean) * scale;
+                        give(s->kind, to, part_of * half + i, g, more);
+                    }
+            }
+}

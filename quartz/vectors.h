@@ -1,0 +1,124 @@
+/* Vectors of numbers, for step.c and passes.c: how they are read, added up and written. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Of the width of this machine's registers. */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef float floats_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint16_t halves_at __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef int8_t bytes_at __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+
+#define UNROLLED _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+enum { FLOAT32, BFLOAT16, INT8 };
+static const int64_t SIZES[] = {4, 2, 1}; /* bytes */
+
+INLINE vec load(const int64_t kind, const void *from, int64_t i) {
+    if (kind == FLOAT32)
+        return *(const floats_at *)((const float *)from + i);
+    if (kind == BFLOAT16) /* the upper half of a float32 */
+        return (vec)(__builtin_convertvector(*(const halves_at *)((const uint16_t *)from + i), ints) << 16);
+    return __builtin_convertvector(__builtin_convertvector(*(const bytes_at *)((const int8_t *)from + i), ints), vec);
+}
+
+INLINE float load_one(const int64_t kind, const void *from, int64_t i) {
+    if (kind == FLOAT32)
+        return ((const float *)from)[i];
+    if (kind == INT8)
+        return ((const int8_t *)from)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)from)[i] << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+typedef float quad __attribute__((vector_size(16)));
+
+/* Halves are added to each other until four numbers are left. */
+INLINE quad folded(vec v) {
+#if WIDTH == 16
+    typedef float oct __attribute__((vector_size(32)));
+    oct half[2];
+    memcpy(half, &v, sizeof v);
+    const oct w = half[0] + half[1];
+#else
+    const vec w = v;
+#endif
+#if WIDTH >= 8
+    quad quarter[2];
+    memcpy(quarter, &w, sizeof w);
+    return quarter[0] + quarter[1];
+#else
+    return w;
+#endif
+}
+
+INLINE float total(vec v) {
+    quad four = folded(v);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t picks __attribute__((vector_size(16)));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (picks){__VA_ARGS__})
+#endif
+
+/* The totals of four, each added up as `total` does. */
+INLINE quad totals(const vec v[4]) {
+    quad a = folded(v[0]), b = folded(v[1]), c = folded(v[2]), d = folded(v[3]);
+    quad ab = PICK(a, b, 0, 1, 4, 5) + PICK(a, b, 2, 3, 6, 7), cd = PICK(c, d, 0, 1, 4, 5) + PICK(c, d, 2, 3, 6, 7);
+    return PICK(ab, cd, 0, 2, 4, 6) + PICK(ab, cd, 1, 3, 5, 7);
+}
+
+INLINE vec instead(ints where, float number, vec x) {
+    return (vec)((where & (ints)((vec){} + number)) | (~where & (ints)x));
+}
+
+/* e to the power of each number, to 2 units in the last place: 2^n times a polynomial (Cephes' expf). */
+INLINE vec exponential(vec x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken off, it rounds to whole numbers */
+    x = instead(x > 88.0f, 88.0f, instead(x < -87.0f, -87.0f, x));
+    vec shifted = x * 1.44269504f + magic, n = shifted - magic;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+}
+
+/* A number of a vector for each i from 0 to n: `more` of them at a time. */
+#define EACH(i, more, n) for (int64_t i = 0, more; i < (n) && (more = (n) - i < WIDTH ? (n) - i : WIDTH); i += WIDTH)
+
+/* The first `count` numbers of a vector; a copy of a number that is not known would be a call. */
+INLINE vec some(const float *from, int64_t count, float rest) {
+    vec v = (vec){} + rest;
+    if (count == WIDTH)
+        memcpy(&v, from, sizeof v);
+    else
+        memcpy(&v, from, count * sizeof(float));
+    return v;
+}
+
+INLINE void put(float *to, vec v, int64_t count) {
+    if (count == WIDTH)
+        memcpy(to, &v, sizeof v);
+    else
+        memcpy(to, &v, count * sizeof(float));
+}
