@@ -3,8 +3,7 @@
 Read it when a training step on a CPU is too slow, or after a change of model.py's attention, MLP, norm or dropout: what
 is here stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. In
 evaluation, without gradients or under torch.compile a module computes what model.py says; so it does on other devices,
-but for the norm's own backward pass. What comes between the products of qwen3 and llama is quartz/passes.c's, where
-there is a C compiler.
+but for the norm's own backward pass. What comes between the products is quartz/passes.c's, where there is a C compiler.
 """
 
 import ctypes
@@ -96,14 +95,17 @@ class NormInPasses(torch.autograd.Function):
         return grad_x, parts.sum(0), None, None
 
 
+def wanted_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which a norm's result is wanted by the product that follows."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 class FastRMSNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not trains(self):
             return super().forward(x)
-        if in_passes(x):
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            if dtype in KINDS:
-                return NormInPasses.apply(x.float(), self.weight.float(), self.eps, dtype)
+        if in_passes(x) and wanted_dtype(x) in KINDS:
+            return NormInPasses.apply(x.float(), self.weight.float(), self.eps, wanted_dtype(x))
         return RMSNormInTraining.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -127,11 +129,30 @@ class SwiGLUInPasses(torch.autograd.Function):
         return grad_x
 
 
+class GELUInPasses(torch.autograd.Function):
+    """F.gelu(x, approximate="tanh")"""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        passes().gelu_forward(*sizes(KINDS[x.dtype], x.numel()), *at(x, y))
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (x,) = ctx.saved_tensors
+        grad, grad_x = grad.contiguous(), torch.empty_like(x)
+        passes().gelu_backward(*sizes(KINDS[x.dtype], x.numel()), *at(x, grad, grad_x))
+        return grad_x
+
+
 class FastMLP(MLP):
     def activate(self, x: torch.Tensor) -> torch.Tensor:
-        if self.is_gated and trains(self) and in_passes(x):
-            return SwiGLUInPasses.apply(x)
-        return super().activate(x)
+        if not (trains(self) and in_passes(x)):
+            return super().activate(x)
+        return (SwiGLUInPasses if self.is_gated else GELUInPasses).apply(x)
 
 
 def drop_mask(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -222,13 +243,13 @@ class Heads(ctypes.Structure):
 
 
 class HeadsInPasses(torch.autograd.Function):
-    """heads_at_once, in qkv's dtype: q, k, v (B, heads, T, head_dim)."""
+    """heads_at_once, in qkv's dtype: q, k, v (B, heads, T, head_dim); without tables laid out so, and no more."""
 
     @staticmethod
     def forward(
         ctx, qkv: torch.Tensor, q_weight, k_weight, eps: float, cos: torch.Tensor, sin: torch.Tensor, n_head, n_kv
     ):
-        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        qkv = qkv.contiguous()
         (B, T, _, D), given = qkv.shape, (q_weight, k_weight, cos, sin)
         numbers = torch.get_num_threads(), KINDS[qkv.dtype], B, T, n_head, n_kv, D
         ctx.heads = Heads(*numbers, eps, *at(*given))
@@ -250,14 +271,16 @@ class HeadsInPasses(torch.autograd.Function):
 
 class FastAttention(CausalSelfAttention):
     def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if rope is None or not trains(self):
+        if not trains(self):
             return super().heads(qkv, rope)
         if in_passes(qkv) and self.head_dim <= 1024:
-            norms = (None, None, 0.0)
+            norms, tables = (None, None, 0.0), (None, None)
             if self.q_norm is not None:
                 norms = self.q_norm.weight.float(), self.k_norm.weight.float(), self.q_norm.eps
-            return HeadsInPasses.apply(qkv, *norms, *(table.squeeze(-2) for table in rope), self.n_head, self.n_kv)
-        return heads_at_once(self, qkv, rope, RMSNormInTraining.apply)
+            if rope is not None:
+                tables = (table.squeeze(-2).contiguous() for table in rope)
+            return HeadsInPasses.apply(qkv, *norms, *tables, self.n_head, self.n_kv)
+        return super().heads(qkv, rope) if rope is None else heads_at_once(self, qkv, rope, RMSNormInTraining.apply)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         fits = self.training and mask is None and q.size(2) == k.size(2) <= TILED_ATTENTION
@@ -266,4 +289,9 @@ class FastAttention(CausalSelfAttention):
         return super().attend(q, k, v, mask)
 
 
-FASTER = {RMSNorm: FastRMSNorm, nn.Dropout: FastDropout, CausalSelfAttention: FastAttention, MLP: FastMLP}
+FASTER = {
+    RMSNorm: FastRMSNorm,
+    nn.Dropout: FastDropout,
+    CausalSelfAttention: FastAttention,
+    MLP: FastMLP,
+}

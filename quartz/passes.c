@@ -1,7 +1,7 @@
-/* What a training step does between its products, each in one pass over memory: norms, SwiGLU, and queries, keys and
-   values on their way to attention; with their backward passes.
+/* What a training step does between its products, each in one pass over memory: norms, SwiGLU, GELU, and queries,
+   keys and values on their way to attention; with their backward passes.
 
-Read it when a step of qwen3 or llama on a CPU is slow. It computes what model.py says; quartz/kernels.py calls it.
+Read it when a step on a CPU is slow. It computes what model.py says; quartz/kernels.py calls it.
 Numbers are read and written in float32 or bfloat16 (`kind`), and computed in float32. Sums over rows are taken in BLOCKS
 parts, which are shared out among the threads and added up in their order: so bits do not depend on the number of threads.
 */
@@ -115,14 +115,40 @@ void swiglu_backward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, c
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
+/* GELU in GPT-2's form by tanh: y = 0.5 x (1 + tanh u) = x * share, share = 1 / (1 + exp(-2 u)) */
+
+INLINE vec gelu_share(vec x) { return 1.0f / (1.0f + exponential(x * (-1.5957691216f - 0.0713548163f * x * x))); }
+
+void gelu_forward(int64_t threads, int64_t kind, int64_t n, const void *x, void *y) {
+    (void)threads;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
+        for (int64_t i = start_of(block, n), more; i < start_of(block + 1, n); i += WIDTH) {
+            more = start_of(block + 1, n) - i < WIDTH ? start_of(block + 1, n) - i : WIDTH;
+            vec its = take(kind, x, i, more);
+            give(kind, y, i, its * gelu_share(its), more);
+        }
+}
+
+void gelu_backward(int64_t threads, int64_t kind, int64_t n, const void *x, const void *grad, void *grad_x) {
+    (void)threads;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
+        for (int64_t i = start_of(block, n), more; i < start_of(block + 1, n); i += WIDTH) {
+            more = start_of(block + 1, n) - i < WIDTH ? start_of(block + 1, n) - i : WIDTH;
+            vec its = take(kind, x, i, more), share = gelu_share(its);
+            vec slope = share + its * share * (1.0f - share) * (1.5957691216f + 0.2140644488f * its * its);
+            give(kind, grad_x, i, take(kind, grad, i, more) * slope, more);
+        }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
 /* Heads: (batch, T, n_head + 2 n_kv, head_dim) to queries, keys and values (batch, heads, T, head_dim), the first two
-   normalised (where there are weights) and rotated: channel i together with i + head_dim / 2, by sines with their signs */
+   normalised (where there are weights) and rotated: channel i together with i + head_dim / 2, by sines with their signs. */
 
 struct heads {
     int64_t threads, kind, batch, length, n_head, n_kv, head_dim;
     float eps;
     const float *q_weight, *k_weight; /* (head_dim,) or NULL */
-    const float *cos, *sin;           /* (T, head_dim) */
+    const float *cos, *sin;           /* (T, head_dim), or NULL: nothing is done but to lay them out */
 };
 
 /* Where head h of a row of qkv lies in its own tensor, of q, k and v. */
@@ -142,7 +168,7 @@ void heads_forward(const struct heads *s, const void *qkv, float *scales, void *
             for (int64_t h = 0; h < all; h++) {
                 const void *from = (const char *)qkv + (row * all + h) * d * SIZES[s->kind];
                 void *to = place(s, row, h, q, k, v);
-                if (h >= turned) {
+                if (h >= turned || !s->cos) {
                     memcpy(to, from, d * SIZES[s->kind]);
                     continue;
                 }
@@ -182,7 +208,7 @@ void heads_backward(const struct heads *s, const void *qkv, const float *scales,
                 const void *x = (const char *)qkv + (row * all + h) * d * SIZES[s->kind];
                 void *to = (char *)grad_qkv + (row * all + h) * d * SIZES[s->kind];
                 const void *grad = place(s, row, h, (void *)grad_q, (void *)grad_k, (void *)grad_v);
-                if (h >= turned) {
+                if (h >= turned || !s->cos) {
                     memcpy(to, grad, d * SIZES[s->kind]);
                     continue;
                 }
