@@ -4,8 +4,9 @@ Read it to see how the next token is chosen, or to serve texts that arrive while
 (compiled.prepare makes one) computes the logits; a Decoder decides which rows it reads and steps, and draws.
 
 A text, and the logits that it is drawn from, depend on its own prompt, sampling and seed, on the engine and on the
-size of a chunk; not on what stands in the other rows, nor on which row it is: on CPUs in float32 bit for bit, among
-decoders of two rows and more. (One of a single row takes quicker products, which round otherwise.)
+size of a chunk; not on what stands in the other rows, nor on which row it is: on CPUs bit for bit, where the step is
+compiled; where it is not, in float32, among decoders of two rows and more. (A single row takes quicker products there,
+which round otherwise.)
 """
 
 import functools
@@ -133,10 +134,10 @@ class _Prompt:
 class Decoder:
     """Rows of an engine that are admitted, stepped and released while others run.
 
-    rows: how many there are (an engine that was compiled has its own number); length: what a prompt and its
-    continuation come to, at most, for the cache's sake; vocab_size: ids from there on are never drawn; chunk: tokens of
-    a prompt that are read in one go, so a prompt's borders depend on it alone; ahead: tokens that a step computes
-    before it looks at any, which spares a GPU its waits; logprobs: whether these are wanted.
+    rows: how many there are; length: what a prompt and its continuation come to, at most, for the cache's sake;
+    vocab_size: ids from there on are never drawn; chunk: tokens of a prompt that are read in one go, so a prompt's
+    borders depend on it alone; ahead: tokens that a step computes before it looks at any, which spares a GPU its waits;
+    logprobs: whether these are wanted.
 
     Each token is drawn given all before it while they fit in block_size. A longer prompt counts by its last block_size
     tokens, and whenever a row's context is full its older half is dropped, so that the cost of a token stays what it

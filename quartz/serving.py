@@ -5,7 +5,7 @@ and fits into free rows, reads one chunk of a prompt, or as much of several shor
 that runs: so the time between a row's tokens is that of a chunk and a step, however long others' prompts are.
 
 What a request is told depends on itself alone, not on what runs beside it, nor on whether its prompt was in the cache:
-in float32 on a CPU, ids and log-probabilities bit for bit.
+on a CPU with a compiled step, or in float32, ids and log-probabilities bit for bit.
 """
 
 import sys
