@@ -77,7 +77,7 @@ def train(run, docs: list[str]) -> None:
     source = {"source": "docs.jsonl", "out": "data/docs", "tokenizer": "bpe", "vocab_size": 600}
     plain = {"device": "cpu", "dtype": "float32", "compile": False, "dropout": 0.0, "eval_iters": 1}
     size = {"arch": "qwen3", "n_layer": 2, "n_head": 2, "n_embd": 48, "block_size": CONTEXT}
-    length = {"max_iters": 150, "batch_size": 2, "gradient_accumulation_steps": 1, "eval_interval": 150}
+    length = {"max_iters": 400, "batch_size": 4, "gradient_accumulation_steps": 1, "eval_interval": 400}
     pace = {"learning_rate": 1e-2, "warmup_iters": 5, "log_interval": 50}
     for script, its in (
         (str(ROOT / "data" / "text" / "prepare.py"), source),
