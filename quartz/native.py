@@ -15,14 +15,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-OPTIONS = ["-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
-OPTIONS += ["-mcpu=native"] if sys.platform == "darwin" else ["-march=native", "-fopenmp"]
+OPTIONS = ["-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-march=native", "-fopenmp"]
 
 
 def load(name: str, may_compile: bool) -> ctypes.CDLL | None:
     """quartz/{name}.c for this machine; None where it would have to be compiled first, which takes a second or two, and
-    may not. Raises what a compiler, or a folder for the result, gives cause for.
+    may not, and on systems other than Linux, whose compilers bring no OpenMP. Raises what a compiler, or a folder for
+    the result, gives cause for.
     """
+    if sys.platform != "linux":
+        return None
     parts = [Path(__file__).with_name(part).read_bytes() for part in (f"{name}.c", "vectors.h")]
     key = hashlib.sha256(b"\n".join([*parts, _cpu().encode(), *map(str.encode, OPTIONS)])).hexdigest()[:16]
     path = cache_folder() / f"{name}-{key}.so"
