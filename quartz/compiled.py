@@ -214,9 +214,6 @@ class Call(Structure):
     ]
 
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-
-
 class CompiledStep:
     """An engine whose step, on a CPU, is machine code from the embeddings to the logits."""
 
@@ -263,7 +260,7 @@ class CompiledStep:
     def matrix(self, its: nn.Linear) -> Matrix:
         weight, scale = self.engine.packed(its.weight)
         places = map(self.place, (weight, scale, its.bias if its.bias is None else its.bias.float()))
-        return Matrix(*places, its.out_features, its.in_features, KINDS[weight.dtype])
+        return Matrix(*places, its.out_features, its.in_features, native.KINDS[weight.dtype])
 
     def ready(self, cache: RowCache, n: int) -> None:
         """Notes where a cache lies, and makes room for what is computed of n tokens."""
@@ -286,9 +283,8 @@ class CompiledStep:
         idx, at, position = (torch.as_tensor(its) for its in (tokens, rows, places))
         x, rope = self.model.embed(idx[:, None], position[:, None])
         x, logits = x.float().contiguous(), torch.empty(wanted, self.model.config.vocab_size)
-        given = (at, position, *(rope or (None, None)), x, *self.between, self.scores)
-        pointers = (its if its is None else its.data_ptr() for its in given)
-        self.compute(byref(self.network), byref(Call(len(rows), *pointers, wanted, logits.data_ptr())))
+        given = native.at(at, position, *(rope or (None, None)), x, *self.between, self.scores)
+        self.compute(byref(self.network), byref(Call(len(rows), *given, wanted, *native.at(logits))))
         return logits
 
     def step(self, tokens: torch.Tensor, cache: RowCache, rows: list[int]) -> torch.Tensor:
@@ -304,34 +300,32 @@ class CompiledStep:
 
     def prefill_all(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
         """As Engine.prefill_all. Short parts are read together, as a step of so many rows."""
-        found, few = [], SHORT[self.model.lm_head.weight.dtype]
-        while len(found) < len(parts):
-            together = []
-            for tokens, *_ in parts[len(found) :]:
-                if len(tokens) > few or sum(map(len, together)) + len(tokens) > LOGITS_ROWS:
-                    break
-                together.append(tokens)
-            if together:
-                found += self.read(parts[len(found) :][: len(together)], cache)
-            else:
-                tokens, *rest = parts[len(found)]
+        found, together, few = [], [], SHORT[self.model.lm_head.weight.dtype]
+        for part in parts:
+            tokens, *rest = part
+            is_long, before = len(tokens) > few, sum(len(its) for its, *_ in together)
+            if together and (is_long or before + len(tokens) > LOGITS_ROWS):
+                found += self.read(together, cache)
+                together = []
+            if is_long:
                 found.append(self.engine.prefill(tokens, cache, *rest))
-        return found
+            else:
+                together.append(part)
+        return found + (self.read(together, cache) if together else [])
 
     def read(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
         """Few tokens in all. Those whose logits are wanted come last."""
-        places = []
-        for part, (tokens, row, start, see) in enumerate(parts):
+        unwanted, wanted, counts = [], [], []
+        for tokens, row, start, see in parts:
             cache.lengths[row] = start + len(tokens)
-            for n, token in enumerate(tokens, 1):
-                places.append((bool(see) or n == len(tokens), part, token, row, start + n - 1))
-        places.sort(key=lambda its: its[0])
-        wanted, of_part, tokens, rows, at = map(list, zip(*places, strict=True))
-        logits = self.run(cache, tokens, rows, at, sum(wanted))
-        of_part, found = of_part[-sum(wanted) :], []
-        for part, (_, _, _, see) in enumerate(parts):
-            own = logits[of_part.index(part) : len(of_part) - of_part[::-1].index(part)]
+            its = [(token, row, start + n) for n, token in enumerate(tokens)]
+            first = 0 if see else len(its) - 1
+            unwanted += its[:first]
+            wanted += its[first:]
+            counts.append(len(its) - first)
+        tokens, rows, places = map(list, zip(*unwanted, *wanted, strict=True))
+        found = self.run(cache, tokens, rows, places, len(wanted)).split(counts)
+        for (*_, see), logits in zip(parts, found, strict=True):
             if see:
-                see(own)
-            found.append(own[-1])
-        return found
+                see(logits)
+        return [logits[-1] for logits in found]

@@ -16,10 +16,10 @@ from torch import nn
 
 from model import MLP, CausalSelfAttention, RMSNorm, rotate
 from quartz import native
+from quartz.native import KINDS, at
 
 TILED_ATTENTION = 512  # the longest context whose attention weights are kept for the backward pass
 TILE_QUERIES, TILE_WEIGHTS = 128, 2**21
-KINDS = {torch.float32: 0, torch.bfloat16: 1}  # that quartz/passes.c reads and writes
 BLOCKS = 64  # parts in which it sums over rows
 
 
@@ -64,10 +64,6 @@ def passes() -> ctypes.CDLL | None:
 
 def in_passes(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in KINDS and passes() is not None
-
-
-def at(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p | None]:
-    return [tensor if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
 
 def sizes(*numbers: int) -> list[ctypes.c_int64]:

@@ -15,6 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as vectors.h has them
 OPTIONS = ["-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-march=native", "-fopenmp"]
 
 
@@ -39,6 +42,11 @@ def load(name: str, may_compile: bool) -> ctypes.CDLL | None:
             made.write_bytes(code + hashlib.sha256(code).digest())  # the system's loader does not mind
             os.replace(made, path)
     return ctypes.CDLL(str(path))
+
+
+def at(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p | None]:
+    """Where tensors lie, for a function in C; they have to be contiguous, and to be kept for as long."""
+    return [tensor if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
 
 def _build(name: str, path: Path) -> None:

@@ -10,17 +10,6 @@ parts, which are shared out among the threads and added up in their order: so bi
 
 enum { BLOCKS = 64 };
 
-INLINE vec take(const int64_t kind, const void *from, int64_t i, int64_t count) {
-    if (count == WIDTH)
-        return load(kind, from, i);
-    float some_of[WIDTH] = {0};
-    for (int64_t j = 0; j < count; j++)
-        some_of[j] = load_one(kind, from, i + j);
-    vec v;
-    memcpy(&v, some_of, sizeof v);
-    return v;
-}
-
 /* To bfloat16 by rounding to the nearest, a tie to the even one; what is no number stays none. */
 INLINE void give(const int64_t kind, void *to, int64_t i, vec v, int64_t count) {
     if (kind == FLOAT32) {
@@ -40,7 +29,7 @@ INLINE void give(const int64_t kind, void *to, int64_t i, vec v, int64_t count) 
 #ifdef _OPENMP
 #define EACH_BLOCK _Pragma("omp parallel for schedule(static) num_threads(threads)")
 #else
-#define EACH_BLOCK
+#define EACH_BLOCK (void)threads;
 #endif
 
 INLINE int64_t start_of(int64_t block, int64_t n) { return n * block / BLOCKS; }
@@ -50,16 +39,10 @@ INLINE int64_t start_of(int64_t block, int64_t n) { return n * block / BLOCKS; }
 
 void norm_forward(int64_t threads, int64_t kind, int64_t n, int64_t width, float eps, const float *x, const float *weight,
                   float *scales, void *y) {
-    (void)threads;
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
         for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++) {
             const float *its = x + row * width;
-            vec squares = {};
-            EACH(i, more, width) {
-                vec v = some(its + i, more, 0);
-                squares += v * v;
-            }
-            const float scale = scales[row] = 1 / sqrtf(total(squares) / width + eps);
+            const float scale = scales[row] = rms_scale(FLOAT32, its, width, eps);
             EACH(i, more, width)
                 give(kind, y, row * width + i, some(its + i, more, 0) * scale * some(weight + i, more, 0), more);
         }
@@ -68,7 +51,6 @@ void norm_forward(int64_t threads, int64_t kind, int64_t n, int64_t width, float
 /* grad_x = scale * (g - unit * mean(g * unit)), with g = grad * weight and unit = x * scale; grad_weight in parts. */
 void norm_backward(int64_t threads, int64_t kind, int64_t n, int64_t width, const float *x, const float *weight,
                    const float *scales, const void *grad, float *grad_x, float *parts) {
-    (void)threads;
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++) {
         float *part = parts + block * width;
         for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++) {
@@ -92,7 +74,6 @@ void norm_backward(int64_t threads, int64_t kind, int64_t n, int64_t width, cons
 /* SwiGLU: y = silu(gate) * up, of rows that hold both */
 
 void swiglu_forward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, const void *x, void *y) {
-    (void)threads;
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
         for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
             EACH(i, more, hidden) {
@@ -103,7 +84,6 @@ void swiglu_forward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, co
 
 void swiglu_backward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, const void *x, const void *grad,
                      void *grad_x) {
-    (void)threads;
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
         for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
             EACH(i, more, hidden) {
@@ -120,24 +100,24 @@ void swiglu_backward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, c
 INLINE vec gelu_share(vec x) { return 1.0f / (1.0f + exponential(x * (-1.5957691216f - 0.0713548163f * x * x))); }
 
 void gelu_forward(int64_t threads, int64_t kind, int64_t n, const void *x, void *y) {
-    (void)threads;
-    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
-        for (int64_t i = start_of(block, n), more; i < start_of(block + 1, n); i += WIDTH) {
-            more = start_of(block + 1, n) - i < WIDTH ? start_of(block + 1, n) - i : WIDTH;
-            vec its = take(kind, x, i, more);
-            give(kind, y, i, its * gelu_share(its), more);
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++) {
+        const int64_t start = start_of(block, n);
+        EACH(i, more, start_of(block + 1, n) - start) {
+            vec its = take(kind, x, start + i, more);
+            give(kind, y, start + i, its * gelu_share(its), more);
         }
+    }
 }
 
 void gelu_backward(int64_t threads, int64_t kind, int64_t n, const void *x, const void *grad, void *grad_x) {
-    (void)threads;
-    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
-        for (int64_t i = start_of(block, n), more; i < start_of(block + 1, n); i += WIDTH) {
-            more = start_of(block + 1, n) - i < WIDTH ? start_of(block + 1, n) - i : WIDTH;
-            vec its = take(kind, x, i, more), share = gelu_share(its);
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++) {
+        const int64_t start = start_of(block, n);
+        EACH(i, more, start_of(block + 1, n) - start) {
+            vec its = take(kind, x, start + i, more), share = gelu_share(its);
             vec slope = share + its * share * (1.0f - share) * (1.5957691216f + 0.2140644488f * its * its);
-            give(kind, grad_x, i, take(kind, grad, i, more) * slope, more);
+            give(kind, grad_x, start + i, take(kind, grad, start + i, more) * slope, more);
         }
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -162,7 +142,6 @@ INLINE void *place(const struct heads *s, int64_t row, int64_t h, void *q, void 
 void heads_forward(const struct heads *s, const void *qkv, float *scales, void *q, void *k, void *v) {
     const int64_t n = s->batch * s->length, d = s->head_dim, half = d / 2, all = s->n_head + 2 * s->n_kv;
     const int64_t turned = s->n_head + s->n_kv, threads = s->threads;
-    (void)threads;
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
         for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
             for (int64_t h = 0; h < all; h++) {
@@ -175,14 +154,8 @@ void heads_forward(const struct heads *s, const void *qkv, float *scales, void *
                 const float *weight = h < s->n_head ? s->q_weight : s->k_weight;
                 const float *cos = s->cos + row % s->length * d, *sin = s->sin + row % s->length * d;
                 float scale = 1;
-                if (weight) {
-                    vec squares = {};
-                    EACH(i, more, d) {
-                        vec its = take(s->kind, from, i, more);
-                        squares += its * its;
-                    }
-                    scale = scales[row * turned + h] = 1 / sqrtf(total(squares) / d + s->eps);
-                }
+                if (weight)
+                    scale = scales[row * turned + h] = rms_scale(s->kind, from, d, s->eps);
                 EACH(i, more, half) {
                     vec a = take(s->kind, from, i, more) * scale, b = take(s->kind, from, half + i, more) * scale;
                     if (weight) {
@@ -201,7 +174,6 @@ void heads_backward(const struct heads *s, const void *qkv, const float *scales,
                     const void *grad_v, void *grad_qkv, float *parts) {
     const int64_t n = s->batch * s->length, d = s->head_dim, half = d / 2, all = s->n_head + 2 * s->n_kv;
     const int64_t turned = s->n_head + s->n_kv, threads = s->threads;
-    (void)threads;
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
         for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
             for (int64_t h = 0; h < all; h++) {

@@ -188,12 +188,7 @@ static void layer_norm(struct norm norm, int64_t width, const float *x, float *y
 }
 
 static void rms_norm(struct norm norm, float eps, int64_t width, const float *x, float *y) {
-    vec squares = {};
-    EACH(i, more, width) {
-        vec its = some(x + i, more, 0);
-        squares += its * its;
-    }
-    float scale = 1 / sqrtf(total(squares) / width + eps);
+    const float scale = rms_scale(FLOAT32, x, width, eps);
     EACH(i, more, width)
         put(y + i, some(x + i, more, 0) * scale * some(norm.weight + i, more, 0), more);
 }
@@ -267,10 +262,8 @@ static void attend(const struct network *net, const struct layer *layer, const s
             most = its[i] > most ? its[i] : most;
         vec sum = {};
         EACH(i, more, length) {
-            vec e = exponential((some(its + i, more, most) - most) * scale), masked = {};
-            put(its + i, e, more);
-            memcpy(&masked, &e, more * sizeof(float));
-            sum += masked;
+            put(its + i, exponential((some(its + i, more, most) - most) * scale), more);
+            sum += some(its + i, more, 0);
         }
         const float share = 1 / total(sum);
         int64_t j = 0;

@@ -134,3 +134,25 @@ INLINE void put(float *to, vec v, int64_t count) {
     else
         memcpy(to, &v, count * sizeof(float));
 }
+
+/* `some` of any kind, the rest 0. */
+INLINE vec take(const int64_t kind, const void *from, int64_t i, int64_t count) {
+    if (count == WIDTH)
+        return load(kind, from, i);
+    float some_of[WIDTH] = {0};
+    for (int64_t j = 0; j < count; j++)
+        some_of[j] = load_one(kind, from, i + j);
+    vec v;
+    memcpy(&v, some_of, sizeof v);
+    return v;
+}
+
+/* What an RMS norm multiplies `width` numbers by: 1 / sqrt(mean of squares + eps). */
+INLINE float rms_scale(const int64_t kind, const void *from, int64_t width, float eps) {
+    vec squares = {};
+    EACH(i, more, width) {
+        vec its = take(kind, from, i, more);
+        squares += its * its;
+    }
+    return 1 / sqrtf(total(squares) / width + eps);
+}
