@@ -18,11 +18,11 @@ from quartz import machine, native
 from quartz.engine import CPU, LOGITS_ROWS, Engine, Part, RowCache
 from quartz.errors import UserError
 
-MAX_EXACT_ROWS = 8  # more rows in bfloat16 have their prompts read in bfloat16 products
+MAX_EXACT_ROWS = 8  # more rows in bfloat16, in a step that is not compiled, are multiplied in bfloat16
 COMPILE_SECONDS = 2.0  # what the compilation takes
 SLOW_MEMORY = 20e9  # bytes/s that an uncompiled step reads, and
 SLOW_LAYER = 150e-6  # seconds that it takes for a layer beside, for the estimate of what compiling saves
-SHORT = {torch.float32: 32, torch.bfloat16: 16}  # tokens that a step reads as fast as a product does
+SHORT, SHORT_IN_HALVES = 32, 512  # tokens of a prompt that a step reads as fast as a library's products do
 
 
 class Slots:
@@ -55,23 +55,24 @@ def prepare(
 ):
     """An engine on `place` for `rows` rows, of which `steps` steps are to be expected.
 
-    With more than MAX_EXACT_ROWS rows in bfloat16, on a CPU that computes in it, prompts are read by products in
-    bfloat16, which takes half the time; and so are steps that are not compiled.
+    In bfloat16, on a CPU that computes in it, what is multiplied is bfloat16 and sums are float32; but up to
+    MAX_EXACT_ROWS rows of a step that is not compiled are multiplied in float32, which is faster.
     """
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)  # where graphs are captured
     if place.type != "cpu":
         return (GraphedStep if place.type == "cuda" else Engine)(model, place, dtype, gives_up=gives_up)
-    in_half = dtype == torch.bfloat16 and not quantize and rows > MAX_EXACT_ROWS and machine.cpu_has_bfloat16()
-    engine = Engine(model, place, dtype if in_half else torch.float32, dtype, quantize, gives_up)
+    library = None
     if may_compile:
         try:
-            if library := native.load("step", pays(model, engine.kept.itemsize, steps)):
-                return CompiledStep(engine, library)
+            library = native.load("step", pays(model, 1 if quantize else dtype.itemsize, steps))
         except Exception as error:  # whatever a compiler or a folder that is missing, old or broken raises
             reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
             print(f"warning: the step can't be compiled ({reason}); going on without", file=sys.stderr)
-    return engine
+    in_half = dtype == torch.bfloat16 and not quantize and machine.cpu_has_bfloat16()
+    in_half &= rows > MAX_EXACT_ROWS or library is not None
+    engine = Engine(model, place, dtype if in_half else torch.float32, dtype, quantize, gives_up)
+    return engine if library is None else CompiledStep(engine, library)
 
 
 def check_quantize(quantize: str, device: str) -> None:
@@ -219,6 +220,8 @@ class CompiledStep:
 
     def __init__(self, engine: Engine, library: ctypes.CDLL):
         self.engine, self.model, self.refill, self.compute = engine, engine.model, engine.refill, library.step
+        in_halves = engine.kept == torch.bfloat16 and library.multiplies_halves() and not machine.cpu_has_amx()
+        self.few = SHORT_IN_HALVES if in_halves else SHORT
         self.take_weights()
 
     def new_cache(self, rows: int, length: int) -> RowCache:
@@ -272,7 +275,7 @@ class CompiledStep:
             self.scores = torch.empty(net.threads, c.n_head // c.n_kv_head, net.capacity)
         if n > self.room:
             heads, others = c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim
-            hidden = self.model.transformer.h[0].mlp.c_fc.out_features
+            hidden = self.model.transformer.h[0].mlp.c_fc.out_features + c.n_hidden
             self.room = n
             self.between = [torch.empty(n, width) for width in (c.n_embd, heads + others, heads, hidden)]
 
@@ -300,21 +303,25 @@ class CompiledStep:
 
     def prefill_all(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
         """As Engine.prefill_all. Short parts are read together, as a step of so many rows."""
-        found, together, few = [], [], SHORT[self.model.lm_head.weight.dtype]
-        for part in parts:
-            tokens, *rest = part
-            is_long, before = len(tokens) > few, sum(len(its) for its, *_ in together)
-            if together and (is_long or before + len(tokens) > LOGITS_ROWS):
+        found, together = [], []
+        for tokens, row, start, see in parts:
+            if len(tokens) > self.few:
+                found += [*self.read(together, cache), self.engine.prefill(tokens, cache, row, start, see)]
+                together = []
+                continue
+            while see and len(tokens) > LOGITS_ROWS:
+                self.read([(tokens[:LOGITS_ROWS], row, start, see)], cache)
+                tokens, start = tokens[LOGITS_ROWS:], start + LOGITS_ROWS
+            if sum(len(its) for its, *_ in together) + len(tokens) > LOGITS_ROWS:
                 found += self.read(together, cache)
                 together = []
-            if is_long:
-                found.append(self.engine.prefill(tokens, cache, *rest))
-            else:
-                together.append(part)
-        return found + (self.read(together, cache) if together else [])
+            together.append((tokens, row, start, see))
+        return found + self.read(together, cache)
 
     def read(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
         """Few tokens in all. Those whose logits are wanted come last."""
+        if not parts:
+            return []
         unwanted, wanted, counts = [], [], []
         for tokens, row, start, see in parts:
             cache.lengths[row] = start + len(tokens)

@@ -87,6 +87,7 @@ class SteadyLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, T, in_features) or (n, in_features): of n texts, which mind each other in no way."""
+        x = x.to(self.weight.dtype)
         if self.is_steady:
             return self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
         if x.size(0) > 1 and x.numel() > self.in_features:
@@ -273,7 +274,10 @@ class Engine:
             raise ValueError("an engine takes a model without adapters beside its weights: merge them (quartz.lora)")
         self.source = None if gives_up else model
         self.is_packed = False  # whether `pack` was called
-        self.model = (model if gives_up else twin(model)).eval().to(place, dtype)
+        self.model = (model if gives_up else twin(model)).eval()
+        multiplied = {p for m in self.model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+        for p in self.model.parameters():  # on CPUs norms and sums are in float32
+            p.data = p.data.to(place, dtype if p in multiplied or place.type != "cpu" else torch.float32)
         self.kept, self.quantize = torch.int8 if quantize else kept, quantize
         self.scales: dict[nn.Parameter, torch.Tensor] = {}  # of weights in int8
         if place.type == "cpu":

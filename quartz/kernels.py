@@ -8,7 +8,6 @@ but for the norm's own backward pass. What comes between the products is quartz/
 
 import ctypes
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -18,8 +17,6 @@ from model import MLP, CausalSelfAttention, RMSNorm, rotate
 from quartz import native
 from quartz.native import KINDS, at
 
-TILED_ATTENTION = 512  # the longest context whose attention weights are kept for the backward pass
-TILE_QUERIES, TILE_WEIGHTS = 128, 2**21
 BLOCKS = 64  # parts in which it sums over rows
 
 
@@ -54,12 +51,16 @@ class RMSNormInTraining(torch.autograd.Function):
 
 
 @functools.cache
-def passes() -> ctypes.CDLL | None:
-    """quartz/passes.c; None where it can't be compiled, and kept."""
+def in_c(name: str) -> ctypes.CDLL | None:
+    """quartz/{name}.c, passes or attention; None where it can't be compiled, and kept."""
     try:
-        return native.load("passes", may_compile=True)
+        return native.load(name, may_compile=True)
     except Exception:  # whatever a compiler or a folder that is missing, old or broken raises
         return None
+
+
+def passes() -> ctypes.CDLL | None:
+    return in_c("passes")
 
 
 def in_passes(x: torch.Tensor) -> bool:
@@ -151,68 +152,81 @@ class FastMLP(MLP):
         return (SwiGLUInPasses if self.is_gated else GELUInPasses).apply(x)
 
 
-def drop_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """What dropout multiplies x by: 0 with probability p (to 1/65536), else 1 / (1 - p).
+def share(p: float) -> tuple[int, float]:
+    """Dropout with probability p: how many of 2^16 are dropped, and what the others are multiplied by."""
+    return min(round(p * 2**16), 2**16 - 1), 1 / (1 - p)
 
-    Each number of the generator makes four draws of 16 bits, a third of the time of PyTorch's own dropout on CPUs.
-    """
-    numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return keep.to(x.dtype).mul_(1 / (1 - p))
+
+def new_seed() -> int:
+    """From PyTorch's generator."""
+    return torch.empty((), dtype=torch.int64).random_(-(2**63), None).item()
+
+
+class DropoutInPasses(torch.autograd.Function):
+    """Dropout whose mask is a hash of each number's place, and never stored; to 1/65536 with probability p."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, p: float, seed: int):
+        ctx.drawn = seed, *share(p)
+        return DropoutInPasses.masked(x, *ctx.drawn)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return DropoutInPasses.masked(grad, *ctx.drawn), None, None
+
+    @staticmethod
+    def masked(x: torch.Tensor, seed: int, dropped: int, kept: float) -> torch.Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        passes().dropout(*sizes(KINDS[x.dtype], x.numel(), seed, dropped), ctypes.c_float(kept), *at(x, y))
+        return y
 
 
 class FastDropout(nn.Dropout):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and self.p and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return x * drop_mask(x, self.p)
-        return super().forward(x)
+        if not (trains(self) and self.p and in_passes(x)):
+            return super().forward(x)
+        return DropoutInPasses.apply(x, self.p, new_seed())
 
 
-class TiledAttention(torch.autograd.Function):
-    """Causal attention, tile by tile, with its weights kept for the backward pass: on CPUs in bfloat16, where matrix
-    products are fast and PyTorch's fused kernel is not, training takes half that kernel's time in float32.
-    """
+class Attention(ctypes.Structure):
+    """quartz/attention.c's struct attention."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("threads", "batch", "n_head", "n_kv", "length", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("dropped", "seed")),
+        ("kept", ctypes.c_float),
+    ]
+
+    def call(self, name: str, *tensors: torch.Tensor) -> None:
+        library = in_c("attention")
+        library.scratch.restype = ctypes.c_int64
+        work = torch.empty(self.threads, library.scratch(ctypes.byref(self)))
+        getattr(library, name)(ctypes.byref(self), *at(*tensors, work))
+
+
+class AttentionInC(torch.autograd.Function):
+    """Causal attention in bfloat16: half the time of torch's operations, and no weights are kept."""
 
     @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float):
-        """q, k, v (B, n_head, T, head_dim) -> the same, in v's dtype, which is what everything is computed in."""
-        B, H, T, D = q.shape
-        q, k, v = (t.to(v.dtype).reshape(B * H, T, D) for t in (q, k, v))
-        future = torch.full((T, T), -math.inf, dtype=v.dtype).triu(1)
-        y, tiles = torch.empty_like(v), []
-        for heads, queries, keys in TiledAttention.tiles(B * H, T):
-            scores = torch.baddbmm(future[queries, keys], q[heads, queries], k[heads, keys].mT, alpha=D**-0.5)
-            weights = scores.softmax(-1)
-            mask = drop_mask(weights, dropout) if dropout else None
-            y[heads, queries] = torch.bmm(weights if mask is None else weights * mask, v[heads, keys])
-            tiles += weights, mask
-        ctx.save_for_backward(q, k, v, *tiles)
-        return y.view(B, H, T, D)
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, seed: int):
+        """q (B, n_head, T, head_dim), k and v (B, n_kv, …) -> (B, n_head, T, head_dim), which lies in memory as
+        (B, T, n_head, head_dim), as the product that follows wants it.
+        """
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        (B, n_head, T, D), drawn = q.shape, share(dropout)
+        ctx.attention = Attention(torch.get_num_threads(), B, n_head, k.size(1), T, D, drawn[0], seed, drawn[1])
+        y, logs = torch.empty(B, T, n_head, D, dtype=q.dtype), torch.empty(B, n_head, T)
+        ctx.attention.call("attention_forward", q, k, v, y, logs)
+        ctx.save_for_backward(q, k, v, y, logs)
+        return y.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        (q, k, v, *tiles), shape = ctx.saved_tensors, grad.shape
-        grad = grad.reshape(q.shape)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        order = TiledAttention.tiles(*q.shape[:2])
-        for (heads, queries, keys), weights, mask in zip(order, tiles[::2], tiles[1::2], strict=True):
-            grad_v[heads, keys].baddbmm_((weights if mask is None else weights * mask).mT, grad[heads, queries])
-            grad_weights = torch.bmm(grad[heads, queries], v[heads, keys].mT)
-            if mask is not None:
-                grad_weights *= mask
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[heads, queries] = torch.bmm(grad_scores, k[heads, keys])
-            grad_k[heads, keys].baddbmm_(grad_scores.mT, q[heads, queries])
-        grads = grad_q.mul_(q.size(-1) ** -0.5), grad_k.mul_(q.size(-1) ** -0.5), grad_v
-        return *(g.view(shape) for g in grads), None
-
-    @staticmethod
-    def tiles(heads: int, T: int) -> list[tuple[slice, slice, slice]]:
-        """Which heads, queries and keys go together: few enough to stay in a CPU's cache, and no keys of the future."""
-        height = min(T, TILE_QUERIES)
-        group = max(1, TILE_WEIGHTS // (height * T))
-        starts = [(h, t) for h in range(0, heads, group) for t in range(0, T, height)]
-        return [(slice(h, h + group), slice(t, t + height), slice(0, min(t + height, T))) for h, t in starts]
+        saved = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in saved[:3]]
+        ctx.attention.call("attention_backward", *saved, grad.transpose(1, 2).contiguous(), *grads)
+        return *grads, None, None
 
 
 def heads_at_once(attention: CausalSelfAttention, qkv: torch.Tensor, rope, rms_norm: Callable):
@@ -278,11 +292,18 @@ class FastAttention(CausalSelfAttention):
             return HeadsInPasses.apply(qkv, *norms, *tables, self.n_head, self.n_kv)
         return super().heads(qkv, rope) if rope is None else heads_at_once(self, qkv, rope, RMSNormInTraining.apply)
 
+    def shared(self, t: torch.Tensor) -> torch.Tensor:
+        return t if self.in_c(t) else super().shared(t)
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        fits = self.training and mask is None and q.size(2) == k.size(2) <= TILED_ATTENTION
-        if fits and v.device.type == "cpu" and v.dtype == torch.bfloat16:
-            return TiledAttention.apply(q, k, v, self.dropout)
+        if mask is None and self.in_c(v):
+            dropout = self.dropout
+            return AttentionInC.apply(q.to(v.dtype), k.to(v.dtype), v, dropout, new_seed() if dropout else 0)
         return super().attend(q, k, v, mask)
+
+    def in_c(self, v: torch.Tensor) -> bool:
+        fits = v.device.type == "cpu" and v.dtype == torch.bfloat16 and self.head_dim % 16 == 0
+        return fits and trains(self) and in_c("attention") is not None
 
 
 FASTER = {

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model import GPT
+from quartz import kernels
 from quartz.errors import UserError, check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -197,6 +197,12 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, f"_is_{part}_supported", bool)() for part in ("avx512_bf16", "amx_tile"))
 
 
+def cpu_has_amx() -> bool:
+    """Whether the CPU multiplies whole tiles of bfloat16, which libraries do and quartz's C does not."""
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(features.get("amx_bf16")) or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
 def send(batch: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """The batch on the device; to a GPU from pinned memory, so that the copy runs while it computes."""
     if device.type == "cuda":
@@ -215,16 +221,17 @@ def compile_model(model: GPT, device: torch.device, wanted: bool = True) -> None
     """Compiles the model's blocks, in place, which keeps its state-dict keys, if it is `wanted`. Warns where there is
     no compiler.
 
-    The blocks share one piece of compiled code, so that depth costs no compile time. The embeddings stay out: compiled
-    for a CPU, their gradient is summed by atomic additions in whatever order, and no two runs would be equal.
+    The blocks share one piece of compiled code, so that depth costs no compile time. Not on CPUs: what kernels.py has
+    installed is faster there, and takes no time to compile.
     """
     if not wanted:
         return
     if why := why_no_compiler(device):
         print(f"warning: compile=True is not possible ({why}); going on without", file=sys.stderr)
         return
-    for block in model.transformer.h:
-        block.compile()
+    if device.type != "cpu":
+        for block in model.transformer.h:
+            block.compile()
 
 
 def why_no_compiler(device: torch.device) -> str:
@@ -233,15 +240,8 @@ def why_no_compiler(device: torch.device) -> str:
         from torch.utils._triton import has_triton
 
         return "" if has_triton() else "the triton package is missing or does not know this GPU"
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        try:
-            get_cpp_compiler()
-        except Exception:  # each platform has its own
-            return "no C++ compiler is installed, or CXX names none"
-        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-            return "Python's header files are not installed"
+    if device.type == "cpu" and sys.platform == "linux" and kernels.in_c("passes") is None:
+        return "there is no C compiler, or CC names none"
     return ""
 
 

@@ -10,22 +10,6 @@ parts, which are shared out among the threads and added up in their order: so bi
 
 enum { BLOCKS = 64 };
 
-/* To bfloat16 by rounding to the nearest, a tie to the even one; what is no number stays none. */
-INLINE void give(const int64_t kind, void *to, int64_t i, vec v, int64_t count) {
-    if (kind == FLOAT32) {
-        put((float *)to + i, v, count);
-        return;
-    }
-    ints bits = (ints)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, is_none = v != v;
-    rounded = (is_none & 0x7fc0) | (~is_none & rounded);
-    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
-    halves half = __builtin_convertvector(rounded, halves);
-    if (count == WIDTH)
-        memcpy((uint16_t *)to + i, &half, sizeof half);
-    else
-        memcpy((uint16_t *)to + i, &half, count * sizeof(uint16_t));
-}
-
 #ifdef _OPENMP
 #define EACH_BLOCK _Pragma("omp parallel for schedule(static) num_threads(threads)")
 #else
@@ -78,7 +62,7 @@ void swiglu_forward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, co
         for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
             EACH(i, more, hidden) {
                 vec gate = take(kind, x, 2 * row * hidden + i, more), up = take(kind, x, (2 * row + 1) * hidden + i, more);
-                give(kind, y, row * hidden + i, gate / (1.0f + exponential(-gate)) * up, more);
+                give(kind, y, row * hidden + i, gate * inverse(1.0f + exponential(-gate)) * up, more);
             }
 }
 
@@ -88,7 +72,7 @@ void swiglu_backward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, c
         for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
             EACH(i, more, hidden) {
                 vec gate = take(kind, x, 2 * row * hidden + i, more), up = take(kind, x, (2 * row + 1) * hidden + i, more);
-                vec g = take(kind, grad, row * hidden + i, more), share = 1.0f / (1.0f + exponential(-gate));
+                vec g = take(kind, grad, row * hidden + i, more), share = inverse(1.0f + exponential(-gate));
                 give(kind, grad_x, 2 * row * hidden + i, g * up * share * (1.0f + gate * (1.0f - share)), more);
                 give(kind, grad_x, (2 * row + 1) * hidden + i, g * gate * share, more);
             }
@@ -97,7 +81,7 @@ void swiglu_backward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, c
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* GELU in GPT-2's form by tanh: y = 0.5 x (1 + tanh u) = x * share, share = 1 / (1 + exp(-2 u)) */
 
-INLINE vec gelu_share(vec x) { return 1.0f / (1.0f + exponential(x * (-1.5957691216f - 0.0713548163f * x * x))); }
+INLINE vec gelu_share(vec x) { return inverse(1.0f + exponential(x * (-1.5957691216f - 0.0713548163f * x * x))); }
 
 void gelu_forward(int64_t threads, int64_t kind, int64_t n, const void *x, void *y) {
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++) {
@@ -116,6 +100,21 @@ void gelu_backward(int64_t threads, int64_t kind, int64_t n, const void *x, cons
             vec its = take(kind, x, start + i, more), share = gelu_share(its);
             vec slope = share + its * share * (1.0f - share) * (1.5957691216f + 0.2140644488f * its * its);
             give(kind, grad_x, start + i, take(kind, grad, start + i, more) * slope, more);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Dropout, forward and backward alike: of 2^16 numbers so many become 0, and the others are multiplied by `factor` */
+
+void dropout(int64_t threads, int64_t kind, int64_t n, int64_t seed, int64_t dropped, float factor, const void *x,
+             void *y) {
+    const int32_t low = (int32_t)seed, high = draws((ints){} + (int32_t)(seed >> 32))[0] << 16;
+    EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++) {
+        const int64_t start = start_of(block, n);
+        EACH(i, more, start_of(block + 1, n) - start) {
+            vec factors = kept(((places() + (int32_t)(start + i)) ^ high) + low, dropped, factor);
+            give(kind, y, start + i, take(kind, x, start + i, more) * factors, more);
         }
     }
 }

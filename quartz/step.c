@@ -1,8 +1,8 @@
 /* The step of a GPT on a CPU: tokens of several texts in, the logits that follow each of them out.
 
-Read it to see what a token costs once nothing is in the way of reading the weights. It computes what model.py says, in
-float32, with weights of float32, bfloat16 or int8; quartz/compiled.py has a C compiler translate it, once for a machine,
-and calls it.
+Read it to see what a token costs once nothing is in the way of reading the weights. It computes what model.py says, with
+weights of float32, bfloat16 or int8 and sums in float32; quartz/compiled.py has a C compiler translate it, once for a
+machine, and calls it.
 
 Every number of a row is summed in one order, whatever rows stand beside it and however many threads there are: they
 share out whole sums, never parts of one. So a text has the same bits alone and among others.
@@ -17,6 +17,17 @@ share out whole sums, never parts of one. So a text has the same bits alone and 
 #define ROWS 6
 #endif
 #define OUTPUTS 4
+
+/* Where the processor multiplies bfloat16, what meets weights of that kind is rounded to it too; else it is float32. */
+#if defined(__AVX512BF16__)
+enum { MULTIPLIES_HALVES = 1 };
+#else
+enum { MULTIPLIES_HALVES = 0 };
+#endif
+
+int64_t multiplies_halves(void) { return MULTIPLIES_HALVES; }
+
+INLINE int64_t kind_of_x(int64_t kind) { return MULTIPLIES_HALVES && kind == BFLOAT16 ? BFLOAT16 : FLOAT32; }
 
 /* A matrix (outputs, inputs) as it lies in memory; int8 has a scale for each of its rows. */
 struct matrix {
@@ -51,7 +62,7 @@ struct call {
     const int64_t *rows, *positions;
     const float *cos, *sin; /* (n, head_dim); NULL for GPT-2 */
     float *x;               /* (n, width): the embeddings; then what the last block puts out */
-    float *h, *qkv, *y, *f; /* (n, width), (n, (n_head + 2 n_kv) head_dim), (n, n_head head_dim), (n, hidden) */
+    float *h, *qkv, *y, *f; /* (n, width), (n, (n_head + 2 n_kv) head_dim), (n, n_head head_dim), see block */
     float *scores;          /* (threads, n_head / n_kv, capacity) */
     int64_t m;              /* how many of the tokens have their logits computed, the last of them */
     float *logits;          /* (m, outputs of the head) */
@@ -60,26 +71,29 @@ struct call {
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* Products */
 
+INLINE vec pairs(const void *from, int64_t i) { return (vec) * (const ints_at *)((const uint16_t *)from + i); }
+
 /* Sums of some rows of x, each times OUTPUTS rows of the weight: the registers hold all of them. With `asks`, what
    follows in the weight is asked for meanwhile. */
 INLINE void tile(const int64_t kind, const int rows, const int asks, const void *const weight[OUTPUTS], int64_t inputs,
                  const float *x, int64_t stride, quad sums[ROWS]) {
+    const int64_t x_kind = kind_of_x(kind), at_once = x_kind == BFLOAT16 ? 2 * WIDTH : WIDTH;
     vec sum[ROWS][OUTPUTS];
     UNROLLED for (int r = 0; r < rows; r++)
         UNROLLED for (int o = 0; o < OUTPUTS; o++)
             sum[r][o] = (vec){};
     int64_t i = 0;
-    for (; i + WIDTH <= inputs; i += WIDTH) {
+    for (; i + at_once <= inputs; i += at_once) {
         vec w[OUTPUTS];
         UNROLLED for (int o = 0; o < OUTPUTS; o++)
-            w[o] = load(kind, weight[o], i);
+            w[o] = x_kind == BFLOAT16 ? pairs(weight[o], i) : load(kind, weight[o], i);
         if (asks && i * SIZES[kind] % 64 == 0)
             UNROLLED for (int o = 0; o < OUTPUTS; o++)
                 __builtin_prefetch((const char *)weight[o] + (inputs + i) * SIZES[kind], 0, 2);
         UNROLLED for (int r = 0; r < rows; r++) {
-            vec its = *(const floats_at *)(x + r * stride + i);
+            vec its = x_kind == BFLOAT16 ? pairs(x + r * stride, i) : load(FLOAT32, x + r * stride, i);
             UNROLLED for (int o = 0; o < OUTPUTS; o++)
-                sum[r][o] += its * w[o];
+                sum[r][o] = x_kind == BFLOAT16 ? add_pairs(sum[r][o], (ints)its, (ints)w[o]) : sum[r][o] + its * w[o];
         }
     }
     UNROLLED for (int r = 0; r < rows; r++)
@@ -87,7 +101,7 @@ INLINE void tile(const int64_t kind, const int rows, const int asks, const void 
     for (; i < inputs; i++)
         for (int r = 0; r < rows; r++)
             for (int o = 0; o < OUTPUTS; o++)
-                sums[r][o] = fmaf(x[r * stride + i], load_one(kind, weight[o], i), sums[r][o]);
+                sums[r][o] = fmaf(load_one(x_kind, x + r * stride, i), load_one(kind, weight[o], i), sums[r][o]);
 }
 
 /* With all that is constant known, the compiler keeps the sums in registers. */
@@ -135,7 +149,7 @@ static tile_of *const TILES[3][2][ROWS] = {
     {ASKING(INT8, 0), ASKING(INT8, 1)},
 };
 
-/* For n rows of x (n, stride): y[row][o] = sum, or += sum, for the outputs from `first` to `last`. A tile's rows of the
+/* For n rows of x, of kind_of_x(m->kind), `stride` floats apart: y[row][o] = sum, or += sum, for the outputs from `first` to `last`. A tile's rows of the
    weight stand a quarter of these apart: so memory is read in OUTPUTS long streams, which processors foresee. A lone row
    is left to that: more is under way at a time than can be asked for. */
 static void product(const struct matrix *m, int64_t first, int64_t last, int64_t n, const float *x, int64_t stride,
@@ -171,7 +185,7 @@ INLINE int64_t piece_of(int64_t outputs, int64_t threads) {
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* What comes between */
 
-static void layer_norm(struct norm norm, int64_t width, const float *x, float *y) {
+static void layer_norm(struct norm norm, int64_t width, const float *x, int64_t kind, void *y) {
     vec sum = {}, squares = {};
     EACH(i, more, width)
         sum += some(x + i, more, 0);
@@ -183,21 +197,22 @@ static void layer_norm(struct norm norm, int64_t width, const float *x, float *y
     float scale = 1 / sqrtf(total(squares) / width + 1e-5f);
     EACH(i, more, width) {
         vec its = (some(x + i, more, 0) - mean) * scale * some(norm.weight + i, more, 0);
-        put(y + i, norm.bias ? its + some(norm.bias + i, more, 0) : its, more);
+        give(kind, y, i, norm.bias ? its + some(norm.bias + i, more, 0) : its, more);
     }
 }
 
-static void rms_norm(struct norm norm, float eps, int64_t width, const float *x, float *y) {
+static void rms_norm(struct norm norm, float eps, int64_t width, const float *x, int64_t kind, void *y) {
     const float scale = rms_scale(FLOAT32, x, width, eps);
     EACH(i, more, width)
-        put(y + i, some(x + i, more, 0) * scale * some(norm.weight + i, more, 0), more);
+        give(kind, y, i, some(x + i, more, 0) * scale * some(norm.weight + i, more, 0), more);
 }
 
-static void normalise(const struct network *net, struct norm norm, const float *x, float *y) {
+/* For the product with m that follows. */
+static void normalise(const struct network *net, struct norm norm, const float *x, const struct matrix *m, float *y) {
     if (net->is_gpt2)
-        layer_norm(norm, net->width, x, y);
+        layer_norm(norm, net->width, x, kind_of_x(m->kind), y);
     else
-        rms_norm(norm, net->eps, net->width, x, y);
+        rms_norm(norm, net->eps, net->width, x, kind_of_x(m->kind), y);
 }
 
 /* Channel i turns together with i + head_dim / 2; the sines have their signs. */
@@ -211,17 +226,17 @@ static void rotate(int64_t head_dim, const float *cos, const float *sin, float *
 }
 
 /* gelu, in GPT-2's form by tanh: 0.5 x (1 + tanh u) = x / (1 + exp(-2 u)) */
-static void gelu(float *x, int64_t count) {
+static void gelu(const float *x, int64_t count, int64_t kind, void *y, int64_t at) {
     EACH(i, more, count) {
         vec its = some(x + i, more, 0), u = 0.7978845608f * (its + 0.044715f * its * its * its);
-        put(x + i, its / (1.0f + exponential(-2.0f * u)), more);
+        give(kind, y, at + i, its / (1.0f + exponential(-2.0f * u)), more);
     }
 }
 
-static void silu_times(float *gate, const float *up, int64_t count) {
+static void silu_times(const float *gate, const float *up, int64_t count, int64_t kind, void *y, int64_t at) {
     EACH(i, more, count) {
         vec its = some(gate + i, more, 0);
-        put(gate + i, its / (1.0f + exponential(-its)) * some(up + i, more, 0), more);
+        give(kind, y, at + i, its / (1.0f + exponential(-its)) * some(up + i, more, 0), more);
     }
 }
 
@@ -237,7 +252,7 @@ static void place(const struct network *net, const struct layer *layer, const st
         float *its = head < each ? q + head * d : k;
         struct norm norm = head < each ? layer->q_norm : layer->k_norm;
         if (norm.weight)
-            rms_norm(norm, net->eps, d, its, its);
+            rms_norm(norm, net->eps, d, its, FLOAT32, its);
         if (call->cos)
             rotate(d, call->cos + t * d, call->sin + t * d, its);
     }
@@ -256,7 +271,8 @@ static void attend(const struct network *net, const struct layer *layer, const s
     product(&keys, 0, length, each, q, d, scores, net->capacity, 0);
     const float scale = 1 / sqrtf(d);
     for (int64_t head = 0; head < each; head++) {
-        float *its = scores + head * net->capacity, *y = call->y + (t * net->n_head + g * each + head) * d;
+        float *its = scores + head * net->capacity, *y = call->y + t * net->n_head * d;
+        const int64_t kind = kind_of_x(layer->attn_proj.kind), first = (g * each + head) * d;
         float most = its[0];
         for (int64_t i = 1; i < length; i++)
             most = its[i] > most ? its[i] : most;
@@ -273,14 +289,14 @@ static void attend(const struct network *net, const struct layer *layer, const s
                 for (int c = 0; c < 4; c++)
                     read[c] += its[i] * load(FLOAT32, values, i * d + j + c * WIDTH);
             for (int c = 0; c < 4; c++)
-                put(y + j + c * WIDTH, read[c] * share, WIDTH);
+                give(kind, y, first + j + c * WIDTH, read[c] * share, WIDTH);
         }
         for (; j < d; j += WIDTH) {
             int64_t more = d - j < WIDTH ? d - j : WIDTH;
             vec read = {};
             for (int64_t i = 0; i < length; i++)
                 read += its[i] * some(values + i * d + j, more, 0);
-            put(y + j, read * share, more);
+            give(kind, y, first + j, read * share, more);
         }
     }
 }
@@ -308,7 +324,7 @@ static void block(const struct network *net, const struct layer *layer, const st
     const int64_t all = heads + 2 * net->n_kv * net->head_dim;
     float *scores = call->scores + omp_get_thread_num() * (net->n_head / net->n_kv) * net->capacity;
     SHARE_OUT for (int64_t t = 0; t < n; t++)
-        normalise(net, layer->ln_1, call->x + t * width, call->h + t * width);
+        normalise(net, layer->ln_1, call->x + t * width, &layer->attn, call->h + t * width);
     SHARED_PRODUCT(&layer->attn, call->h, width, call->qkv, all, 0)
     SHARE_OUT for (int64_t i = 0; i < n * net->n_kv; i++)
         place(net, layer, call, i / net->n_kv, i % net->n_kv);
@@ -316,23 +332,26 @@ static void block(const struct network *net, const struct layer *layer, const st
         attend(net, layer, call, i / net->n_kv, i % net->n_kv, scores);
     SHARED_PRODUCT(&layer->attn_proj, call->y, heads, call->x, width, 1)
     SHARE_OUT for (int64_t t = 0; t < n; t++)
-        normalise(net, layer->ln_2, call->x + t * width, call->h + t * width);
+        normalise(net, layer->ln_2, call->x + t * width, &layer->fc, call->h + t * width);
+    /* Of a token: what the first product gives, and behind it what the second one takes. */
     const struct matrix *fc = &layer->fc;
-    const int64_t f_width = net->is_gpt2 ? hidden : 2 * hidden, piece = piece_of(hidden, net->threads);
+    const int64_t f_width = net->is_gpt2 ? hidden : 2 * hidden, stride = f_width + hidden;
+    const int64_t piece = piece_of(hidden, net->threads), kind = kind_of_x(layer->fc_proj.kind);
+    float *active = call->f + f_width;
     SHARE_OUT for (int64_t first = 0; first < hidden; first += piece) {
         const int64_t last = first + piece < hidden ? first + piece : hidden;
-        product(fc, first, last, n, call->h, width, call->f, f_width, 0);
+        product(fc, first, last, n, call->h, width, call->f, stride, 0);
         if (!net->is_gpt2)
-            product(fc, hidden + first, hidden + last, n, call->h, width, call->f, f_width, 0);
+            product(fc, hidden + first, hidden + last, n, call->h, width, call->f, stride, 0);
         for (int64_t t = 0; t < n; t++) {
-            float *its = call->f + t * f_width + first;
+            const float *its = call->f + t * stride + first;
             if (net->is_gpt2)
-                gelu(its, last - first);
+                gelu(its, last - first, kind, active + t * stride, first);
             else
-                silu_times(its, its + hidden, last - first);
+                silu_times(its, its + hidden, last - first, kind, active + t * stride, first);
         }
     }
-    SHARED_PRODUCT(&layer->fc_proj, call->f, f_width, call->x, width, 1)
+    SHARED_PRODUCT(&layer->fc_proj, active, stride, call->x, width, 1)
 }
 
 void step(const struct network *net, const struct call *call) {
@@ -345,7 +364,7 @@ void step(const struct network *net, const struct call *call) {
         const int64_t n = call->m, width = net->width;
         const float *x = call->x + (call->n - n) * width;
         SHARE_OUT for (int64_t t = 0; t < n; t++)
-            normalise(net, net->ln_f, x + t * width, call->h + t * width);
+            normalise(net, net->ln_f, x + t * width, &net->head, call->h + t * width);
         SHARED_PRODUCT(&net->head, call->h, width, call->logits, net->head.outputs, 0)
     }
 }

@@ -1,4 +1,4 @@
-/* Vectors of numbers, for step.c and passes.c: how they are read, added up and written. */
+/* Vectors of numbers, for step.c, passes.c and attention.c: how they are read, added up and written. */
 
 #include <math.h>
 #include <stdint.h>
@@ -100,10 +100,19 @@ INLINE vec instead(ints where, float number, vec x) {
     return (vec)((where & (ints)((vec){} + number)) | (~where & (ints)x));
 }
 
+/* Between -87 and 88, and what is no number as it is. */
+INLINE vec within_reach(vec x) {
+#if defined(__AVX512F__) /* by name: gcc compares and blends */
+    return (vec)_mm512_min_ps(_mm512_set1_ps(88), _mm512_max_ps(_mm512_set1_ps(-87), (__m512)x));
+#else
+    return instead(x > 88.0f, 88.0f, instead(x < -87.0f, -87.0f, x));
+#endif
+}
+
 /* e to the power of each number, to 2 units in the last place: 2^n times a polynomial (Cephes' expf). */
 INLINE vec exponential(vec x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken off, it rounds to whole numbers */
-    x = instead(x > 88.0f, 88.0f, instead(x < -87.0f, -87.0f, x));
+    x = within_reach(x);
     vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -112,7 +121,21 @@ INLINE vec exponential(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+#endif
+}
+
+/* 1 / x of finite numbers, to an error of a few units in the last place: by name in less than half a division's time. */
+INLINE vec inverse(vec x) {
+#if defined(__AVX512F__)
+    vec near = (vec)_mm512_rcp14_ps((__m512)x);
+    return near * (2.0f - x * near);
+#else
+    return 1.0f / x;
+#endif
 }
 
 /* A number of a vector for each i from 0 to n: `more` of them at a time. */
@@ -155,4 +178,62 @@ INLINE float rms_scale(const int64_t kind, const void *from, int64_t width, floa
         squares += its * its;
     }
     return 1 / sqrtf(total(squares) / width + eps);
+}
+
+/* To bfloat16 by rounding to the nearest, a tie to the even one; what is no number stays none. */
+INLINE halves_at rounded(vec v) {
+#if defined(__AVX512BF16__)
+    return (halves_at)_mm512_cvtneps_pbh((__m512)v);
+#else
+    ints bits = (ints)v, near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, is_none = v != v;
+    return __builtin_convertvector((is_none & 0x7fc0) | (~is_none & near), halves_at);
+#endif
+}
+
+/* Writes the first `count` numbers of a vector. */
+INLINE void give(const int64_t kind, void *to, int64_t i, vec v, int64_t count) {
+    if (kind == FLOAT32) {
+        put((float *)to + i, v, count);
+        return;
+    }
+    const halves_at half = rounded(v);
+    if (count == WIDTH)
+        memcpy((uint16_t *)to + i, &half, sizeof half);
+    else
+        memcpy((uint16_t *)to + i, &half, count * sizeof(uint16_t));
+}
+
+/* For dropout: of each counter 16 bits that look drawn, by a hash of 32 bits (Wellons, 2018, "lowbias32"). */
+INLINE ints draws(ints counters) {
+    typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
+    bits x = (bits)counters;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return (ints)((x ^ (x >> 16)) & 0xffff);
+}
+
+/* What dropout multiplies by: 0 for so many of 2^16, else `factor`. */
+INLINE vec kept(ints counters, int64_t dropped, float factor) {
+    ints is_kept = draws(counters) >= (int32_t)dropped;
+    return (vec)(is_kept & (ints)((vec){} + factor));
+}
+
+/* 0, 1, 2, … */
+INLINE ints places(void) {
+    ints i;
+    for (int lane = 0; lane < WIDTH; lane++)
+        i[lane] = lane;
+    return i;
+}
+
+typedef ints ints_at __attribute__((aligned(2), may_alias));
+
+/* sum += a.low * b.low + a.high * b.high, for WIDTH pairs of bfloat16, two in 32 bits */
+INLINE vec add_pairs(vec sum, ints a, ints b) {
+#if defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (vec)(a << 16) * (vec)(b << 16);
+    return sum + (vec)(a & (int32_t)0xffff0000) * (vec)(b & (int32_t)0xffff0000);
+#endif
 }

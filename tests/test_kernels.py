@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig, rms_norm
 from quartz import kernels
-from quartz.kernels import FastDropout, RMSNormInTraining, TiledAttention, drop_mask
+from quartz.kernels import AttentionInC, FastDropout, RMSNormInTraining
 
 pytestmark = pytest.mark.alone  # with as many threads as a run has
 
@@ -25,35 +25,89 @@ def test_the_norms_own_backward_pass_is_autograds(shape):
     torch.testing.assert_close(RMSNormInTraining.apply(x.float(), weight.float(), 1e-6), plain)
 
 
-@pytest.mark.parametrize("T", [1, 7, 16, 37])
-def test_attention_in_tiles_is_attention(monkeypatch, T):
-    """Values and gradients against PyTorch's own, in several tiles of heads and of queries, whole and torn ones."""
-    monkeypatch.setattr(kernels, "TILE_QUERIES", 16)
-    monkeypatch.setattr(kernels, "TILE_WEIGHTS", 4 * 16 * 37)
+@pytest.fixture
+def threads():
+    """Sets their number, for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+needs_c = pytest.mark.skipif(kernels.in_c("attention") is None, reason="no C compiler")
+
+
+def attention_and_gradients(q, k, v, grad, dropout=0.0, seed=0) -> list[torch.Tensor]:
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    y = AttentionInC.apply(*inputs, dropout, seed)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+@needs_c
+@pytest.mark.parametrize("n_kv", [4, 2, 1])
+@pytest.mark.parametrize("T, D", [(1, 16), (7, 32), (32, 48), (33, 64), (100, 16), (256, 128)])
+def test_attention_in_c_is_attention(threads, T, D, n_kv):
+    """Values and gradients are PyTorch's in float32, to bfloat16's rounding; the same bits whatever the threads."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(2, 3, T, 8, generator=generator, dtype=torch.float64) for _ in range(4))
-    results = []
-    for attend in (
-        lambda q, k, v: TiledAttention.apply(q, k, v, 0.0),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-    ):
-        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-        y = attend(*inputs)
-        results.append([y, *torch.autograd.grad(y, inputs, grad)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    shapes = [(3, heads, T, D) for heads in (4, n_kv, n_kv, 4)]
+    q, k, v, grad = (torch.randn(shape, generator=generator).mul(2).bfloat16() for shape in shapes)
+    found = []
+    for count in (1, 3):
+        threads(count)
+        found.append(attention_and_gradients(q, k, v, grad))
+    assert all(map(torch.equal, *found))
+    inputs = [t.float().requires_grad_() for t in (q, k, v)]
+    y = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    wanted = [y.detach(), *torch.autograd.grad(y, inputs, grad.float())]
+    for ours, theirs in zip(found[0], wanted, strict=True):
+        assert (ours.float() - theirs).norm() <= 0.01 * theirs.norm() + 1e-4
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.05, atol=0.02 * theirs.abs().max().item() + 1e-5)
 
 
-def test_dropout_in_tiles_has_the_gradients_of_what_it_computes(monkeypatch):
-    monkeypatch.setattr(kernels, "TILE_QUERIES", 4)
-    q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+@needs_c
+def test_no_token_attends_to_what_comes_after_it():
+    q, k, v = (torch.randn(1, 2, 70, 32).bfloat16() for _ in range(3))
+    before = AttentionInC.apply(q, k, v, 0.0, 0)
+    for t in (k, v):
+        t[:, :, 41:] = 1e4
+    after = AttentionInC.apply(q, k, v, 0.0, 0)
+    assert torch.equal(after[:, :, :41], before[:, :, :41]) and not torch.equal(after[:, :, 41], before[:, :, 41])
 
-    def attend(q, k, v):
-        torch.manual_seed(5)  # the same mask each time
-        return TiledAttention.apply(q, k, v, 0.5)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v))
-    assert not torch.allclose(attend(q, k, v), TiledAttention.apply(q, k, v, 0.0))
+@needs_c
+def test_attention_in_c_hides_no_nan():
+    """A query or a value that is no number is seen in what reads it, and in no other head."""
+    for which in range(3):
+        tensors = [torch.randn(2, 2, 70, 32).bfloat16() for _ in range(3)]
+        tensors[which][0, 1, 41, 3] = math.nan
+        y, *grads = attention_and_gradients(*tensors, torch.ones(2, 2, 70, 32).bfloat16())
+        assert y[0, 1, 41].isnan().all() if which < 2 else y[0, 1, 41, 3].isnan()
+        assert all(t[0, 1].isnan().any() for t in grads[:2])
+        assert not any(t.isnan()[0, 0].any() or t.isnan()[1].any() for t in (y, *grads))
+
+
+@needs_c
+def test_attentions_dropout_has_the_gradients_of_what_it_computes():
+    """With values that are unit vectors its output is its weights, and so shows the mask; PyTorch gives the rest."""
+    T, p = 64, 0.25
+    generator = torch.Generator().manual_seed(0)
+    q, k, grad = (torch.randn(2, 3, T, T, generator=generator).bfloat16() for _ in range(3))
+    v = torch.eye(T).expand(2, 3, T, T).bfloat16()
+    plain, dropped = (AttentionInC.apply(q, k, v, dropout, 5).float() for dropout in (0.0, p))
+    causal = torch.ones(T, T).tril() == 1
+    mask = (dropped != 0) & causal
+    kept = mask.sum() / (causal.sum() * 6)
+    assert abs(kept - (1 - p)) < 4 * math.sqrt(p * (1 - p) / (causal.sum() * 6)) + 0.01  # a weight may round to 0
+    assert all(0.5 < (a == b).float().mean() < 0.8 for a, b in zip(mask[0][:, causal], mask[1][:, causal], strict=True))
+    torch.testing.assert_close(dropped[mask], plain[mask] / (1 - p), rtol=0.02, atol=1e-3)
+    v = torch.randn(2, 3, T, T, generator=generator).bfloat16()
+    ours = attention_and_gradients(q, k, v, grad, p, 5)
+    inputs = [t.float().requires_grad_() for t in (q, k, v)]
+    scores = (inputs[0] @ inputs[1].mT * T**-0.5).masked_fill(~causal, -math.inf)
+    y = (scores.softmax(-1) * mask / (1 - p)) @ inputs[2]
+    for found, wanted in zip(ours, [y, *torch.autograd.grad(y, inputs, grad.float())], strict=True):
+        assert (found.float() - wanted).norm() < 0.01 * wanted.norm()
+    assert not torch.equal(ours[0], attention_and_gradients(q, k, v, grad, p, 6)[0])
+    assert all(map(torch.equal, ours, attention_and_gradients(q, k, v, grad, p, 5)))
 
 
 def loss_and_gradients(gpt: GPT, idx: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
@@ -75,18 +129,10 @@ ARCHITECTURES = {
 def passes(request, monkeypatch):
     """Whether there is a C compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "passes", lambda: None)
+        monkeypatch.setattr(kernels, "in_c", lambda name: None)
     elif kernels.passes() is None:
         pytest.skip("no C compiler")
     return request.param
-
-
-@pytest.fixture
-def threads():
-    """Sets their number, for the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", [(64, 4, 4), (60, 6, 2), (40, 1, 1)], ids=str)
@@ -184,14 +230,23 @@ def test_training_on_a_cpu_in_bfloat16_attends_as_float32_does():
     assert F.cosine_similarity(*norms, dim=0) > 0.999
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
-def test_dropout_keeps_the_share_it_should_and_the_mean(p):
-    torch.manual_seed(0)
-    mask = drop_mask(torch.empty(1001, 333), p)
-    share = (mask == 0).double().mean().item()
-    assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / mask.numel()) + 2**-16
-    assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
-    drop = FastDropout(p)
-    assert torch.equal(drop.eval()(mask), mask)
+def test_dropout_keeps_the_share_it_should_and_the_mean(p, dtype, threads):
+    drop, x, found = FastDropout(p), torch.ones(1001, 333, dtype=dtype, requires_grad=True), []
+    for count in (1, 3):
+        threads(count)
+        torch.manual_seed(0)
+        y = drop(x)
+        found += y.detach(), torch.autograd.grad(y.sum(), x)[0]
+    assert all(torch.equal(found[0], other) for other in found[1:]), "what is dropped gets no gradient"
+    share = (found[0] == 0).double().mean().item()
+    assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / x.numel()) + 2**-16
+    assert found[0].unique().tolist() == [0.0, pytest.approx(1 / (1 - p), rel=0.01)]
+    assert torch.equal(drop.eval()(x), x)
     again = drop.train()(torch.ones(64, 64))
     assert not torch.equal(again, drop(torch.ones(64, 64))), "each call draws anew"
+    rows = (found[0] != 0).double().mean(1)  # one row of numbers is like another, and they are no neighbours' copies
+    assert rows.std() < 2 * math.sqrt(p * (1 - p) / 333)
+    pairs = torch.stack([found[0].flatten()[:-1] != 0, found[0].flatten()[1:] != 0]).double()
+    assert abs(torch.corrcoef(pairs)[0, 1]) < 0.01

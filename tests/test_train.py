@@ -405,7 +405,7 @@ def test_a_compiled_run_resumes_exactly_and_its_checkpoint_has_plain_names(tiny,
 
 
 def test_without_a_compiler_a_run_warns_and_goes_on(tiny, start):
-    environment = {**os.environ, "PATH": "/nowhere", "CXX": "/nowhere/c++"}
+    environment = {**os.environ, "PATH": "/nowhere", "XDG_CACHE_HOME": str(tiny / "empty")}
     process = start("train.py", *flags(**{**TINY, "compile": True, "max_iters": 1}), cwd=tiny, env=environment)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

@@ -1,0 +1,248 @@
+/* Causal attention while a model trains on a CPU, in bfloat16, and its backward pass, without ever holding all weights.
+
+Read it when training with long contexts is slow. It computes what model.py's `attend` says (Dao, 2023, "FlashAttention-2":
+what is kept is the logarithm of each query's sum, and the weights are computed once more on the way back);
+quartz/kernels.py calls it. Numbers that are multiplied are bfloat16, sums are float32. Keys and values of a head are one
+thread's, so bits do not depend on the number of threads.
+
+Products take their right side in pairs: two numbers that follow each other in a sum lie side by side, in 32 bits.
+*/
+
+#include "vectors.h"
+
+enum { BLOCK = 32 }; /* queries, or keys, that go together */
+
+typedef uint32_t pair;
+
+struct attention {
+    int64_t threads, batch, n_head, n_kv, length, head_dim;
+    int64_t dropped; /* of 2^16 weights; the others are multiplied by `kept` */
+    int64_t seed;
+    float kept;
+};
+
+INLINE void tile(const int rows, const int wide, int64_t n, const pair *a, int64_t a_stride, const pair *b,
+                 int64_t b_stride, float *c, int64_t c_stride, const int adds) {
+    vec sum[8][4];
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int w = 0; w < wide; w++)
+            sum[r][w] = adds ? load(FLOAT32, c, r * c_stride + w * WIDTH) : (vec){};
+    for (int64_t i = 0; i < n; i++) {
+        ints its[4];
+        UNROLLED for (int w = 0; w < wide; w++)
+            its[w] = *(const ints_at *)(b + i * b_stride + w * WIDTH);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            ints factor = (ints){} + (int32_t)a[r * a_stride + i];
+            UNROLLED for (int w = 0; w < wide; w++)
+                sum[r][w] = add_pairs(sum[r][w], factor, its[w]);
+        }
+    }
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int w = 0; w < wide; w++)
+            put(c + r * c_stride + w * WIDTH, sum[r][w], WIDTH);
+}
+
+/* c (rows, columns) = or += a (rows, 2 n) b (2 n, columns); rows a multiple of 8, columns of 16; strides in pairs. */
+INLINE void product(int64_t rows, int64_t columns, int64_t n, const pair *a, int64_t a_stride, const pair *b,
+                    int64_t b_stride, float *c, int64_t c_stride, const int adds) {
+    int64_t j = 0;
+    for (; j + 4 * WIDTH <= columns; j += 4 * WIDTH)
+        for (int64_t r = 0; r < rows; r += 4)
+            tile(4, 4, n, a + r * a_stride, a_stride, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+    for (; j + 2 * WIDTH <= columns; j += 2 * WIDTH)
+        for (int64_t r = 0; r < rows; r += 8)
+            tile(8, 2, n, a + r * a_stride, a_stride, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+    for (; j < columns; j += WIDTH)
+        for (int64_t r = 0; r < rows; r += 8)
+            tile(8, 1, n, a + r * a_stride, a_stride, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Where a head's numbers lie while they are multiplied: T, its length, made up with zeros to a multiple of BLOCK */
+
+INLINE int64_t padded(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
+
+/* Rows from `first` on, (rows, d), and zeros for those from T on. */
+static void copy_rows(const uint16_t *from, int64_t stride, int64_t first, int64_t rows, int64_t T, int64_t d,
+                      uint16_t *to) {
+    for (int64_t t = first; t < first + rows; t++, to += d)
+        if (t < T)
+            memcpy(to, from + t * stride, d * sizeof *to);
+        else
+            memset(to, 0, d * sizeof *to);
+}
+
+/* rows (P, d) as the right side of x @ rows.T: pairs (d / 2, P) */
+static void turned(const uint16_t *rows, int64_t P, int64_t d, pair *to) {
+    const pair *from = (const pair *)rows;
+    for (int64_t t = 0; t < P; t += 16)
+        for (int64_t c = 0; c < d / 2; c++)
+            for (int64_t i = 0; i < 16; i++)
+                to[c * P + t + i] = from[(t + i) * (d / 2) + c];
+}
+
+/* rows (P, d) as the right side of x @ rows: pairs (P / 2, d) */
+static void paired(const uint16_t *rows, int64_t P, int64_t d, pair *to) {
+    for (int64_t t = 0; t < P; t += 2)
+        for (int64_t c = 0; c < d; c++)
+            to[t / 2 * d + c] = rows[t * d + c] | (pair)rows[(t + 1) * d + c] << 16;
+}
+
+static int32_t seed_of(const struct attention *s, int64_t head) {
+    return draws((ints){} + (int32_t)(s->seed + head))[0] << 16 | draws((ints){} + (int32_t)((s->seed >> 32) - head))[0];
+}
+
+/* Floats that a thread needs to work in. */
+int64_t scratch(const struct attention *s) {
+    const int64_t P = padded(s->length), d = s->head_dim;
+    return 7 * P * d + 4 * BLOCK * P + 2 * P;
+}
+
+#ifdef _OPENMP
+#define EACH_HEAD _Pragma("omp parallel for schedule(dynamic) num_threads(s->threads)")
+extern int omp_get_thread_num(void);
+#else
+#define EACH_HEAD
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+/* q (batch, n_head, T, head_dim), k and v (batch, n_kv, T, head_dim) -> y (batch, T, n_head, head_dim), and the
+   logarithms of the sums (batch, n_head, T). */
+void attention_forward(const struct attention *s, const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *y,
+                       float *logs, float *work) {
+    const int64_t T = s->length, P = padded(T), d = s->head_dim, each = s->n_head / s->n_kv;
+    const float scale = 1 / sqrtf(d);
+    EACH_HEAD for (int64_t g = 0; g < s->batch * s->n_kv; g++) {
+        float *scores = work + omp_get_thread_num() * scratch(s), *sums = scores + BLOCK * P, *reads = sums + BLOCK;
+        pair *keys = (pair *)(reads + BLOCK * d), *values = keys + P * d / 2;
+        uint16_t *rows = (uint16_t *)(values + P * d / 2), *weights = rows + P * d;
+        copy_rows(k + g * T * d, d, 0, P, T, d, rows);
+        turned(rows, P, d, keys);
+        copy_rows(v + g * T * d, d, 0, P, T, d, rows);
+        paired(rows, P, d, values);
+        for (int64_t head = g * each; head < (g + 1) * each; head++) {
+            const int32_t seed = s->dropped ? seed_of(s, head) : 0;
+            copy_rows(q + head * T * d, d, 0, P, T, d, rows);
+            for (int64_t first = 0; first < T; first += BLOCK) {
+                const int64_t seen = first + BLOCK;
+                product(BLOCK, seen, d / 2, (pair *)(rows + first * d), d / 2, keys, P, scores, P, 0);
+                for (int64_t t = first; t < seen; t++) {
+                    float *its = scores + (t - first) * P;
+                    vec most = (vec){} + its[0], sum = {};
+                    for (int64_t i = 0; i <= t; i += WIDTH) {
+                        vec score = load(FLOAT32, its, i);
+                        ints wins = score > most;
+                        if (i + WIDTH > t + 1)
+                            wins &= places() + (int32_t)i <= (int32_t)t;
+                        most = (vec)((wins & (ints)score) | (~wins & (ints)most));
+                    }
+                    float highest = most[0];
+                    for (int lane = 1; lane < WIDTH; lane++)
+                        highest = most[lane] > highest ? most[lane] : highest;
+                    for (int64_t i = 0; i < seen; i += WIDTH) {
+                        vec weight = exponential((load(FLOAT32, its, i) - highest) * scale);
+                        if (i + WIDTH > t + 1)
+                            weight = (vec)((ints)weight & (places() + (int32_t)i <= (int32_t)t));
+                        sum += weight;
+                        if (s->dropped)
+                            weight *= kept(places() + (seed + (int32_t)(t * T + i)), s->dropped, s->kept);
+                        give(BFLOAT16, weights, (t - first) * P + i, weight, WIDTH);
+                    }
+                    sums[t - first] = total(sum);
+                    if (t < T)
+                        logs[head * T + t] = highest * scale + logf(sums[t - first]);
+                }
+                product(BLOCK, d, seen / 2, (pair *)weights, P / 2, values, d, reads, d, 0);
+                for (int64_t t = first; t < seen && t < T; t++) {
+                    const int64_t at = ((head / s->n_head * T + t) * s->n_head + head % s->n_head) * d;
+                    const float share = 1 / sums[t - first];
+                    EACH(i, more, d)
+                        give(BFLOAT16, y, at + i, some(reads + (t - first) * d + i, more, 0) * share, more);
+                }
+            }
+        }
+    }
+}
+
+/* to (T, d) = rows * factor */
+static void give_rows(const float *rows, float factor, int64_t T, int64_t d, uint16_t *to) {
+    EACH(i, more, T * d)
+        give(BFLOAT16, to, i, some(rows + i, more, 0) * factor, more);
+}
+
+/* With what attention_forward took and gave, and y's gradient: those of q, k and v. The weights are computed with keys as
+   rows; each query's part of the softmax's own gradient is the product of its y and y's gradient. */
+void attention_backward(const struct attention *s, const uint16_t *q, const uint16_t *k, const uint16_t *v,
+                        const uint16_t *y, const float *logs, const uint16_t *grad, uint16_t *grad_q, uint16_t *grad_k,
+                        uint16_t *grad_v, float *work) {
+    const int64_t T = s->length, P = padded(T), d = s->head_dim, each = s->n_head / s->n_kv, all = s->n_head * d;
+    const float scale = 1 / sqrtf(d);
+    EACH_HEAD for (int64_t g = 0; g < s->batch * s->n_kv; g++) {
+        float *scores = work + omp_get_thread_num() * scratch(s), *slopes = scores + BLOCK * P;
+        float *sum_k = slopes + BLOCK * P, *sum_v = sum_k + P * d, *sum_q = sum_v + P * d;
+        float *lows = sum_q + P * d, *parts = lows + P;
+        pair *queries = (pair *)(parts + P), *query_pairs = queries + P * d / 2;
+        pair *grads = query_pairs + P * d / 2, *grad_pairs = grads + P * d / 2, *slope_pairs = grad_pairs + P * d / 2;
+        uint16_t *keys = (uint16_t *)(slope_pairs + BLOCK / 2 * P), *values = keys + P * d, *columns = values + P * d;
+        uint16_t *weights = columns + P * d, *slope_rows = weights + BLOCK * P, *rows = slope_rows + BLOCK * P;
+        copy_rows(k + g * T * d, d, 0, P, T, d, keys);
+        copy_rows(v + g * T * d, d, 0, P, T, d, values);
+        for (int64_t t = 0; t < P; t++)
+            for (int64_t c = 0; c < d; c++)
+                columns[c * P + t] = keys[t * d + c];
+        memset(sum_k, 0, 2 * P * d * sizeof(float));
+        for (int64_t head = g * each; head < (g + 1) * each; head++) {
+            const int32_t seed = s->dropped ? seed_of(s, head) : 0;
+            const int64_t at = head / s->n_head * T * all + head % s->n_head * d;
+            copy_rows(q + head * T * d, d, 0, P, T, d, rows);
+            turned(rows, P, d, queries);
+            paired(rows, P, d, query_pairs);
+            copy_rows(grad + at, all, 0, P, T, d, rows);
+            turned(rows, P, d, grads);
+            paired(rows, P, d, grad_pairs);
+            for (int64_t t = 0; t < P; t++) {
+                vec along = {};
+                if (t < T)
+                    EACH(i, more, d)
+                        along += take(BFLOAT16, rows, t * d + i, more) * take(BFLOAT16, y, at + t * all + i, more);
+                parts[t] = total(along);
+                lows[t] = t < T ? logs[head * T + t] : INFINITY;
+            }
+            memset(sum_q, 0, P * d * sizeof(float));
+            for (int64_t first = 0; first < T; first += BLOCK) {
+                const int64_t count = P - first; /* queries that may see these keys */
+                product(BLOCK, count, d / 2, (pair *)(keys + first * d), d / 2, queries + first, P, scores, P, 0);
+                product(BLOCK, count, d / 2, (pair *)(values + first * d), d / 2, grads + first, P, slopes, P, 0);
+                for (int64_t r = 0; r < BLOCK; r++)
+                    for (int64_t i = 0; i < count; i += WIDTH) {
+                        vec weight = load(FLOAT32, scores, r * P + i) * scale - load(FLOAT32, lows, first + i);
+                        weight = exponential(weight);
+                        if (i < r)
+                            weight = (vec)((ints)weight & (places() + (int32_t)i >= (int32_t)r));
+                        vec slope = load(FLOAT32, slopes, r * P + i), left = weight;
+                        if (s->dropped) {
+                            ints counters = (places() + (int32_t)(first + i)) * (int32_t)T + (int32_t)(first + r) + seed;
+                            vec factor = kept(counters, s->dropped, s->kept);
+                            left *= factor;
+                            slope *= factor;
+                        }
+                        give(BFLOAT16, weights, r * P + i, left, WIDTH);
+                        give(BFLOAT16, slope_rows, r * P + i, weight * (slope - load(FLOAT32, parts, first + i)), WIDTH);
+                    }
+                paired(slope_rows, BLOCK, P, slope_pairs);
+                product(BLOCK, d, count / 2, (pair *)weights, P / 2, grad_pairs + first / 2 * d, d, sum_v + first * d, d, 1);
+                product(BLOCK, d, count / 2, (pair *)slope_rows, P / 2, query_pairs + first / 2 * d, d, sum_k + first * d,
+                        d, 1);
+                product(d, count, BLOCK / 2, (pair *)(columns + first), P / 2, slope_pairs, P, sum_q + first, P, 1);
+            }
+            for (int64_t t = 0; t < T; t++)
+                for (int64_t c = 0; c < d; c++)
+                    ((float *)queries)[t * d + c] = sum_q[c * P + t];
+            give_rows((float *)queries, scale, T, d, grad_q + head * T * d);
+        }
+        give_rows(sum_k, scale, T, d, grad_k + g * T * d);
+        give_rows(sum_v, 1, T, d, grad_v + g * T * d);
+    }
+}
