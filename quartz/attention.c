@@ -12,7 +12,7 @@ Products take their right side in pairs: two numbers that follow each other in a
 
 enum { BLOCK = 32 }; /* queries, or keys, that go together */
 
-typedef uint32_t pair;
+typedef uint32_t pair __attribute__((may_alias));
 
 struct attention {
     int64_t threads, batch, n_head, n_kv, length, head_dim;

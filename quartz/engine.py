@@ -5,9 +5,9 @@ compiled.py has the faster engines, with the same methods: `new_cache`, `prefill
 `refresh` for when the model's weights have changed. An engine has modules of its own, and its weights lie in the
 model's memory where they are the same, so a model may be sampled from while it trains.
 
-On CPUs arithmetic is in float32 whatever the weights are kept in. One token reads every weight once, so decoding is as
-fast as memory delivers them; but fewer bits are read by a compiled step alone, and here weights have the values that
-those bits can hold, in float32.
+On CPUs sums, norms and embeddings are float32, and so are products, whatever the weights are kept in, unless `dtype` is
+bfloat16. One token reads every weight once, so decoding is as fast as memory delivers them; but fewer bits are read by a
+compiled step alone, and here weights have the values that those bits can hold, in float32.
 """
 
 import copy
@@ -276,7 +276,7 @@ class Engine:
         self.is_packed = False  # whether `pack` was called
         self.model = (model if gives_up else twin(model)).eval()
         multiplied = {p for m in self.model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
-        for p in self.model.parameters():  # on CPUs norms and sums are in float32
+        for p in self.model.parameters():
             p.data = p.data.to(place, dtype if p in multiplied or place.type != "cpu" else torch.float32)
         self.kept, self.quantize = torch.int8 if quantize else kept, quantize
         self.scales: dict[nn.Parameter, torch.Tensor] = {}  # of weights in int8

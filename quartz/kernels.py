@@ -3,7 +3,8 @@
 Read it when a training step on a CPU is too slow, or after a change of model.py's attention, MLP, norm or dropout: what
 is here stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. In
 evaluation, without gradients or under torch.compile a module computes what model.py says; so it does on other devices,
-but for the norm's own backward pass. What comes between the products is quartz/passes.c's, where there is a C compiler.
+but for the norm's own backward pass. Where there is a C compiler, what comes between the products is quartz/passes.c's,
+and attention in bfloat16 quartz/attention.c's.
 """
 
 import ctypes
@@ -293,17 +294,14 @@ class FastAttention(CausalSelfAttention):
         return super().heads(qkv, rope) if rope is None else heads_at_once(self, qkv, rope, RMSNormInTraining.apply)
 
     def shared(self, t: torch.Tensor) -> torch.Tensor:
-        return t if self.in_c(t) else super().shared(t)
+        return t  # as attention in C takes it
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if mask is None and self.in_c(v):
-            dropout = self.dropout
-            return AttentionInC.apply(q.to(v.dtype), k.to(v.dtype), v, dropout, new_seed() if dropout else 0)
-        return super().attend(q, k, v, mask)
-
-    def in_c(self, v: torch.Tensor) -> bool:
-        fits = v.device.type == "cpu" and v.dtype == torch.bfloat16 and self.head_dim % 16 == 0
-        return fits and trains(self) and in_c("attention") is not None
+        fits = v.device.type == "cpu" and v.dtype == torch.bfloat16 and self.head_dim % 16 == 0 and mask is None
+        if fits and trains(self) and in_c("attention") is not None:
+            seed = new_seed() if self.dropout else 0
+            return AttentionInC.apply(q.to(v.dtype), k.to(v.dtype), v, self.dropout, seed)
+        return super().attend(q, super().shared(k), super().shared(v), mask)
 
 
 FASTER = {

@@ -1,7 +1,7 @@
 """Functions in C, which this machine's own compiler makes, once, and which are kept in ~/.cache/quartzgpt.
 
-Read it when something is said not to compile. step.c is for sampling (quartz/compiled.py), passes.c for training
-(quartz/kernels.py).
+Read it when something is said not to compile. step.c is for sampling (quartz/compiled.py), passes.c and attention.c are
+for training (quartz/kernels.py).
 """
 
 import ctypes

@@ -56,13 +56,13 @@ def has_compiler() -> bool:
     return sys.platform == "linux" and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
-def reference(engine: CompiledStep, model: GPT, dtype: torch.dtype, quantize: bool) -> tuple[GPT, float]:
-    """The network whose full forward pass gives an engine's logits, and how far they may be off.
+def reference(model: GPT, dtype: torch.dtype, quantize: bool) -> tuple[GPT, float]:
+    """The network whose full forward pass gives a compiled step's logits, and how far they may be off.
 
     In bfloat16 what meets a matrix is rounded, where the CPU multiplies so: then here and there to the neighbour.
     """
     rounded = Engine(model, CPU, torch.float32, dtype, quantize).model
-    if engine.few == compiled.SHORT_IN_HALVES:
+    if dtype == torch.bfloat16 and native.load("step", True).multiplies_halves():
         for module in rounded.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16().float(),))
@@ -86,7 +86,7 @@ def test_a_compiled_step_gives_the_full_forward_pass(compiled_folder, capfd, dty
     assert isinstance(engine, CompiledStep)
     capfd.readouterr()
     found = logits_of(engine, prompts, 25)
-    plain, off = reference(engine, model, dtype, quantize)
+    plain, off = reference(model, dtype, quantize)
     for row, prompt in enumerate(prompts):
         torch.testing.assert_close(found[:, row], full_forward(plain, prompt, 25), atol=off, rtol=0)
     # Past block_size, drawn at random, beside the uncompiled step; from the library that was kept.
@@ -108,6 +108,26 @@ KINDS = {
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 33, 64, 65, 150])
+def test_a_prompt_of_any_length_is_read_whole(compiled_folder, dtype, length):
+    """With all of its logits asked for, or the last alone: the same text follows."""
+    model = make(block_size=160)
+    engine = prepare(model, CPU, dtype, False, 2, 10**9, True)
+    plain, off = reference(model, dtype, False)
+    prompt, seen = [(7 * n) % 61 for n in range(length)], []
+    cache = engine.new_cache(2, 160)
+    last = engine.prefill(prompt, cache, 1, 0, seen.append)
+    assert all(len(logits) <= 64 for logits in seen) and torch.equal(seen[-1][-1], last)
+    wanted = plain(torch.tensor([prompt]), torch.tensor([prompt]))[0][0]
+    torch.testing.assert_close(torch.cat(seen), wanted, atol=off, rtol=0)
+    following = [engine.step(torch.tensor([3]), cache, [1])]
+    assert torch.equal(engine.prefill(prompt, cache, 1), last)
+    following.append(engine.step(torch.tensor([3]), cache, [1]))
+    assert torch.equal(*following)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_of_a_compiled_step_has_its_own_bits(compiled_folder, kind):
     """Whatever stands beside it, in whatever row, by however many threads; and they are the full forward pass's logits,
@@ -126,7 +146,7 @@ def test_a_row_of_a_compiled_step_has_its_own_bits(compiled_folder, kind):
             assert torch.equal(logits_of(engine, [prompt], 5)[:, 0], together[:, row])
     finally:
         torch.set_num_threads(threads)
-    plain, off = reference(engine, model, dtype, quantize)
+    plain, off = reference(model, dtype, quantize)
     for row, prompt in enumerate(prompts):
         steps = min(5, size - len(prompt))
         found = together[:steps, row]
