@@ -1,4 +1,4 @@
-# The loss that nanoGPT reports from three minutes of an A100 on Shakespeare's characters, in less than three of two CPU cores.
+# The loss that nanoGPT reports from three minutes of an A100 on Shakespeare's characters, in less on two CPU cores.
 # python data/shakespeare_char/prepare.py && python train.py config/fast_shakespeare_char_best.py
 
 out_dir = "out-fast-shakespeare-char-best"

@@ -5,9 +5,9 @@ compiled.py has the faster engines, with the same methods: `new_cache`, `prefill
 `refresh` for when the model's weights have changed. An engine has modules of its own, and its weights lie in the
 model's memory where they are the same, so a model may be sampled from while it trains.
 
-On CPUs sums, norms and embeddings are float32, and so are products, whatever the weights are kept in, unless `dtype` is
-bfloat16. One token reads every weight once, so decoding is as fast as memory delivers them; but fewer bits are read by a
-compiled step alone, and here weights have the values that those bits can hold, in float32.
+On CPUs sums, norms and embeddings are float32, and so are products, whatever the weights are kept in, unless `dtype`
+is bfloat16. One token reads every weight once, so decoding is as fast as memory delivers them; but fewer bits are read
+by a compiled step alone, and here weights have the values that those bits can hold, in float32.
 """
 
 import copy
