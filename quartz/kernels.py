@@ -185,9 +185,9 @@ class DropoutInPasses(torch.autograd.Function):
 
 class FastDropout(nn.Dropout):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (trains(self) and self.p and in_passes(x)):
-            return super().forward(x)
-        return DropoutInPasses.apply(x, self.p, new_seed())
+        if self.training and self.p and in_passes(x) and not torch.compiler.is_compiling():
+            return DropoutInPasses.apply(x, self.p, new_seed())  # without gradients too: see AttentionInC
+        return super().forward(x)
 
 
 class Attention(ctypes.Structure):
@@ -207,7 +207,10 @@ class Attention(ctypes.Structure):
 
 
 class AttentionInC(torch.autograd.Function):
-    """Causal attention in bfloat16: half the time of torch's operations, and no weights are kept."""
+    """Causal attention in bfloat16: half the time of torch's operations, and no weights are kept.
+
+    Without gradients too, for what checkpoints recompute has to draw the same dropout with them.
+    """
 
     @staticmethod
     def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, seed: int):
@@ -297,8 +300,9 @@ class FastAttention(CausalSelfAttention):
         return t  # as attention in C takes it
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        fits = v.device.type == "cpu" and v.dtype == torch.bfloat16 and self.head_dim % 16 == 0 and mask is None
-        if fits and trains(self) and in_c("attention") is not None:
+        fits = mask is None and q.size(2) == k.size(2) and self.head_dim % 16 == 0
+        fits = fits and v.device.type == "cpu" and v.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        if fits and self.training and in_c("attention") is not None:
             seed = new_seed() if self.dropout else 0
             return AttentionInC.apply(q.to(v.dtype), k.to(v.dtype), v, self.dropout, seed)
         return super().attend(q, super().shared(k), super().shared(v), mask)

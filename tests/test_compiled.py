@@ -118,7 +118,8 @@ def test_a_prompt_of_any_length_is_read_whole(compiled_folder, dtype, length):
     prompt, seen = [(7 * n) % 61 for n in range(length)], []
     cache = engine.new_cache(2, 160)
     last = engine.prefill(prompt, cache, 1, 0, seen.append)
-    assert all(len(logits) <= 64 for logits in seen) and torch.equal(seen[-1][-1], last)
+    assert all(len(logits) <= 64 for logits in seen)
+    torch.testing.assert_close(seen[-1][-1], last, atol=1e-4, rtol=0)
     wanted = plain(torch.tensor([prompt]), torch.tensor([prompt]))[0][0]
     torch.testing.assert_close(torch.cat(seen), wanted, atol=off, rtol=0)
     following = [engine.step(torch.tensor([3]), cache, [1])]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model import GPT, GPTConfig, rms_norm
 from quartz import kernels
@@ -250,3 +251,31 @@ def test_dropout_keeps_the_share_it_should_and_the_mean(p, dtype, threads):
     assert rows.std() < 2 * math.sqrt(p * (1 - p) / 333)
     pairs = torch.stack([found[0].flatten()[:-1] != 0, found[0].flatten()[1:] != 0]).double()
     assert abs(torch.corrcoef(pairs)[0, 1]) < 0.01
+
+
+@needs_c
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_what_a_checkpoint_recomputes_draws_the_same_dropout(arch):
+    """Also where its first pass is without gradients, as reentrant checkpoints' is."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(64, 65, 1, 4, 64, dropout=0.3, **ARCHITECTURES[arch])).train()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    kernels.install(gpt)
+    block, found = gpt.transformer.h[0], []
+    x, rope = (
+        (torch.randn(2, 64, 64), None) if arch == "gpt2" else gpt.embed(torch.randint(65, (2, 64)), torch.arange(64))
+    )
+    x = x.detach().requires_grad_()
+    for compute in (lambda: block(x, rope), lambda: checkpoint(block, x, rope, use_reentrant=True)):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = compute()
+        found.append(
+            [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])] if not found else [y]
+        )
+    found[1][0].square().sum().backward()
+    found[1] = [found[1][0].detach(), x.grad, *(p.grad for p in block.parameters())]
+    for ours, again in zip(*found, strict=True):
+        assert (ours - again).norm() < 0.02 * ours.norm()
