@@ -88,10 +88,6 @@ static void paired(const uint16_t *rows, int64_t P, int64_t d, pair *to) {
             to[t / 2 * d + c] = rows[t * d + c] | (pair)rows[(t + 1) * d + c] << 16;
 }
 
-static int32_t seed_of(const struct attention *s, int64_t head) {
-    return draws((ints){} + (int32_t)(s->seed + head))[0] << 16 | draws((ints){} + (int32_t)((s->seed >> 32) - head))[0];
-}
-
 /* Floats that a thread needs to work in. */
 int64_t scratch(const struct attention *s) {
     const int64_t P = padded(s->length), d = s->head_dim;
@@ -123,7 +119,7 @@ void attention_forward(const struct attention *s, const uint16_t *q, const uint1
         copy_rows(v + g * T * d, d, 0, P, T, d, rows);
         paired(rows, P, d, values);
         for (int64_t head = g * each; head < (g + 1) * each; head++) {
-            const int32_t seed = s->dropped ? seed_of(s, head) : 0;
+            const uint32_t seed = seed_from(s->seed, head);
             copy_rows(q + head * T * d, d, 0, P, T, d, rows);
             for (int64_t first = 0; first < T; first += BLOCK) {
                 const int64_t seen = first + BLOCK;
@@ -147,7 +143,7 @@ void attention_forward(const struct attention *s, const uint16_t *q, const uint1
                             weight = (vec)((ints)weight & (places() + (int32_t)i <= (int32_t)t));
                         sum += weight;
                         if (s->dropped)
-                            weight *= kept(places() + (seed + (int32_t)(t * T + i)), s->dropped, s->kept);
+                            weight *= kept((uint32_t)(t * T + i), 1, seed, s->dropped, s->kept);
                         give(BFLOAT16, weights, (t - first) * P + i, weight, WIDTH);
                     }
                     sums[t - first] = total(sum);
@@ -194,7 +190,7 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
                 columns[c * P + t] = keys[t * d + c];
         memset(sum_k, 0, 2 * P * d * sizeof(float));
         for (int64_t head = g * each; head < (g + 1) * each; head++) {
-            const int32_t seed = s->dropped ? seed_of(s, head) : 0;
+            const uint32_t seed = seed_from(s->seed, head);
             const int64_t at = head / s->n_head * T * all + head % s->n_head * d;
             copy_rows(q + head * T * d, d, 0, P, T, d, rows);
             turned(rows, P, d, queries);
@@ -223,8 +219,8 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
                             weight = (vec)((ints)weight & (places() + (int32_t)i >= (int32_t)r));
                         vec slope = load(FLOAT32, slopes, r * P + i), left = weight;
                         if (s->dropped) {
-                            ints counters = (places() + (int32_t)(first + i)) * (int32_t)T + (int32_t)(first + r) + seed;
-                            vec factor = kept(counters, s->dropped, s->kept);
+                            const uint32_t counter = (uint32_t)((first + i) * T + first + r);
+                            vec factor = kept(counter, (uint32_t)T, seed, s->dropped, s->kept);
                             left *= factor;
                             slope *= factor;
                         }

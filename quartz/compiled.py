@@ -219,7 +219,7 @@ class CompiledStep:
     """An engine whose step, on a CPU, is machine code from the embeddings to the logits."""
 
     def __init__(self, engine: Engine, library: ctypes.CDLL):
-        self.engine, self.model, self.refill, self.compute = engine, engine.model, engine.refill, library.step
+        self.engine, self.model, self.compute = engine, engine.model, library.step
         in_halves = engine.kept == torch.bfloat16 and library.multiplies_halves() and not machine.cpu_has_amx()
         self.few = SHORT_IN_HALVES if in_halves else SHORT
         self.take_weights()
@@ -306,17 +306,26 @@ class CompiledStep:
         found, together = [], []
         for tokens, row, start, see in parts:
             if len(tokens) > self.few:
-                found += [*self.read(together, cache), self.engine.prefill(tokens, cache, row, start, see)]
+                found += self.read(together, cache)
+                self.engine.prefill(tokens[:-1], cache, row, start, see)  # whose logits are rounded in bfloat16
+                found += self.read([(tokens[-1:], row, start + len(tokens) - 1, see)], cache)
                 together = []
                 continue
-            while see and len(tokens) > LOGITS_ROWS:
-                self.read([(tokens[:LOGITS_ROWS], row, start, see)], cache)
-                tokens, start = tokens[LOGITS_ROWS:], start + LOGITS_ROWS
             if sum(len(its) for its, *_ in together) + len(tokens) > LOGITS_ROWS:
                 found += self.read(together, cache)
                 together = []
+            while see and len(tokens) > LOGITS_ROWS:
+                self.read([(tokens[:LOGITS_ROWS], row, start, see)], cache)
+                tokens, start = tokens[LOGITS_ROWS:], start + LOGITS_ROWS
             together.append((tokens, row, start, see))
         return found + self.read(together, cache)
+
+    def refill(self, texts: list[list[int]], cache: RowCache, rows: list[int]) -> torch.Tensor:
+        """As Engine.refill."""
+        if len(texts[0]) == 1:
+            return self.engine.refill(texts, cache, rows)
+        self.engine.refill([text[:-1] for text in texts], cache, rows)
+        return self.step(torch.tensor([text[-1] for text in texts]), cache, rows)
 
     def read(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
         """Few tokens in all. Those whose logits are wanted come last."""

@@ -77,13 +77,16 @@ class SteadyLinear(nn.Linear):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Of rows (n, in_features), in the company that they need."""
-        rows = x.size(0)
+        rows, bias = x.size(0), self.bias_of(x)
         if self.packed is None:
             missing = -rows % EIGHT
-            return F.linear(F.pad(x, (0, 0, 0, missing)) if missing else x, self.weight, self.bias)[:rows]
+            return F.linear(F.pad(x, (0, 0, 0, missing)) if missing else x, self.weight, bias)[:rows]
         if rows < LEAST:
             x = x.expand(LEAST, -1) if rows == 1 else F.pad(x, (0, 0, 0, LEAST - rows))
-        return LINEAR(x, self.packed, self.bias, "none", [], "")[:rows]
+        return LINEAR(x, self.packed, bias, "none", [], "")[:rows]
+
+    def bias_of(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, T, in_features) or (n, in_features): of n texts, which mind each other in no way."""
@@ -93,8 +96,8 @@ class SteadyLinear(nn.Linear):
         if x.size(0) > 1 and x.numel() > self.in_features:
             return torch.cat([self.forward(text.clone()) for text in x.split(1)])  # bits depend on where memory begins
         if self.packed is None and (self.is_small() or not HAS_ONEDNN or x.dtype != torch.float32):
-            return super().forward(x)
-        return LINEAR(x, self.weight if self.packed is None else self.packed, self.bias, "none", [], "")
+            return F.linear(x, self.weight, self.bias_of(x))
+        return LINEAR(x, self.weight if self.packed is None else self.packed, self.bias_of(x), "none", [], "")
 
 
 def quick_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -107,6 +110,13 @@ def quick_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 class QuickRMSNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return quick_rms_norm(x, self.weight, self.eps).to(x.dtype)
+
+
+class WideEmbedding(nn.Embedding):
+    """What blocks add to is float32, where the matrix is the head's too and kept in fewer bits."""
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return super().forward(idx).float()
 
 
 class SteadyMLP(MLP):
@@ -275,7 +285,7 @@ class Engine:
         self.source = None if gives_up else model
         self.is_packed = False  # whether `pack` was called
         self.model = (model if gives_up else twin(model)).eval()
-        multiplied = {p for m in self.model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+        multiplied = {module.weight for module in self.model.modules() if isinstance(module, nn.Linear)}
         for p in self.model.parameters():
             p.data = p.data.to(place, dtype if p in multiplied or place.type != "cpu" else torch.float32)
         self.kept, self.quantize = torch.int8 if quantize else kept, quantize
@@ -381,6 +391,7 @@ def install(model: GPT) -> None:
         CausalSelfAttention: RowsAttention,
         nn.Linear: SteadyLinear,
         nn.Dropout: nn.Identity,
+        nn.Embedding: WideEmbedding,
         RMSNorm: QuickRMSNorm,
     }
     if model.config.n_hidden % (VECTOR * math.lcm(*range(1, torch.get_num_threads() + 1))):  # of any number of shares

@@ -109,11 +109,11 @@ void gelu_backward(int64_t threads, int64_t kind, int64_t n, const void *x, cons
 
 void dropout(int64_t threads, int64_t kind, int64_t n, int64_t seed, int64_t dropped, float factor, const void *x,
              void *y) {
-    const int32_t low = (int32_t)seed, high = draws((ints){} + (int32_t)(seed >> 32))[0] << 16;
+    const uint32_t own = seed_from(seed, 0);
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++) {
         const int64_t start = start_of(block, n);
         EACH(i, more, start_of(block + 1, n) - start) {
-            vec factors = kept(((places() + (int32_t)(start + i)) ^ high) + low, dropped, factor);
+            vec factors = kept((uint32_t)(start + i), 1, own, dropped, factor);
             give(kind, y, start + i, take(kind, x, start + i, more) * factors, more);
         }
     }

@@ -62,7 +62,8 @@ struct call {
     const int64_t *rows, *positions;
     const float *cos, *sin; /* (n, head_dim); NULL for GPT-2 */
     float *x;               /* (n, width): the embeddings; then what the last block puts out */
-    float *h, *qkv, *y, *f; /* (n, width), (n, (n_head + 2 n_kv) head_dim), (n, n_head head_dim), see block */
+    float *h, *qkv, *y;     /* (n, width), (n, (n_head + 2 n_kv) head_dim), (n, n_head head_dim) */
+    float *f;               /* (n, 2 hidden), or (n, 3 hidden) with SwiGLU */
     float *scores;          /* (threads, n_head / n_kv, capacity) */
     int64_t m;              /* how many of the tokens have their logits computed, the last of them */
     float *logits;          /* (m, outputs of the head) */
@@ -149,9 +150,9 @@ static tile_of *const TILES[3][2][ROWS] = {
     {ASKING(INT8, 0), ASKING(INT8, 1)},
 };
 
-/* For n rows of x, of kind_of_x(m->kind), `stride` floats apart: y[row][o] = sum, or += sum, for the outputs from `first` to `last`. A tile's rows of the
-   weight stand a quarter of these apart: so memory is read in OUTPUTS long streams, which processors foresee. A lone row
-   is left to that: more is under way at a time than can be asked for. */
+/* For n rows of x, of kind_of_x(m->kind) and `stride` floats apart: y[row][o] = sum, or += sum, for the outputs from
+   `first` to `last`. A tile's rows of the weight stand a quarter of these apart: so memory is read in OUTPUTS long streams,
+   which processors foresee. A lone row is left to that: more is under way at a time than can be asked for. */
 static void product(const struct matrix *m, int64_t first, int64_t last, int64_t n, const float *x, int64_t stride,
                     float *y, int64_t y_stride, int adds) {
     const int64_t apart = (last - first + OUTPUTS - 1) / OUTPUTS;

@@ -203,19 +203,25 @@ INLINE void give(const int64_t kind, void *to, int64_t i, vec v, int64_t count) 
         memcpy((uint16_t *)to + i, &half, count * sizeof(uint16_t));
 }
 
-/* For dropout: of each counter 16 bits that look drawn, by a hash of 32 bits (Wellons, 2018, "lowbias32"). */
-INLINE ints draws(ints counters) {
-    typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
-    bits x = (bits)counters;
+/* A hash of 32 bits (Wellons, 2018, "lowbias32"). */
+typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
+INLINE bits hashed(bits x) {
     x = (x ^ (x >> 16)) * 0x7feb352du;
     x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return (ints)((x ^ (x >> 16)) & 0xffff);
+    return x ^ (x >> 16);
 }
 
-/* What dropout multiplies by: 0 for so many of 2^16, else `factor`. */
-INLINE vec kept(ints counters, int64_t dropped, float factor) {
-    ints is_kept = draws(counters) >= (int32_t)dropped;
+/* What dropout multiplies numbers by that are counted from `first` on: 0 for so many of 2^16 draws, else `factor`. */
+INLINE vec kept(uint32_t first, uint32_t apart, uint32_t seed, int64_t dropped, float factor) {
+    bits counters;
+    UNROLLED for (int lane = 0; lane < WIDTH; lane++)
+        counters[lane] = first + lane * apart;
+    ints is_kept = (ints)(hashed(hashed(counters) + seed) & 0xffff) >= (int32_t)dropped;
     return (vec)(is_kept & (ints)((vec){} + factor));
+}
+
+INLINE uint32_t seed_from(int64_t seed, int64_t nth) {
+    return hashed(hashed((bits){} + (uint32_t)seed) + (uint32_t)((uint64_t)seed >> 32) + (uint32_t)nth)[0];
 }
 
 /* 0, 1, 2, … */
