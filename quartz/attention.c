@@ -62,10 +62,9 @@ INLINE void product(int64_t rows, int64_t columns, int64_t n, const pair *a, int
 
 INLINE int64_t padded(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
 
-/* Rows from `first` on, (rows, d), and zeros for those from T on. */
-static void copy_rows(const uint16_t *from, int64_t stride, int64_t first, int64_t rows, int64_t T, int64_t d,
-                      uint16_t *to) {
-    for (int64_t t = first; t < first + rows; t++, to += d)
+/* The T rows of d numbers, and zeros for those from T on to P. */
+static void copy_rows(const uint16_t *from, int64_t stride, int64_t T, int64_t P, int64_t d, uint16_t *to) {
+    for (int64_t t = 0; t < P; t++, to += d)
         if (t < T)
             memcpy(to, from + t * stride, d * sizeof *to);
         else
@@ -88,7 +87,7 @@ static void paired(const uint16_t *rows, int64_t P, int64_t d, pair *to) {
             to[t / 2 * d + c] = rows[t * d + c] | (pair)rows[(t + 1) * d + c] << 16;
 }
 
-/* Floats that a thread needs to work in. */
+/* Floats that a thread needs to work in: as attention_backward shares them out; attention_forward needs fewer. */
 int64_t scratch(const struct attention *s) {
     const int64_t P = padded(s->length), d = s->head_dim;
     return 7 * P * d + 4 * BLOCK * P + 2 * P;
@@ -96,10 +95,8 @@ int64_t scratch(const struct attention *s) {
 
 #ifdef _OPENMP
 #define EACH_HEAD _Pragma("omp parallel for schedule(dynamic) num_threads(s->threads)")
-extern int omp_get_thread_num(void);
 #else
 #define EACH_HEAD
-static int omp_get_thread_num(void) { return 0; }
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -114,13 +111,13 @@ void attention_forward(const struct attention *s, const uint16_t *q, const uint1
         float *scores = work + omp_get_thread_num() * scratch(s), *sums = scores + BLOCK * P, *reads = sums + BLOCK;
         pair *keys = (pair *)(reads + BLOCK * d), *values = keys + P * d / 2;
         uint16_t *rows = (uint16_t *)(values + P * d / 2), *weights = rows + P * d;
-        copy_rows(k + g * T * d, d, 0, P, T, d, rows);
+        copy_rows(k + g * T * d, d, T, P, d, rows);
         turned(rows, P, d, keys);
-        copy_rows(v + g * T * d, d, 0, P, T, d, rows);
+        copy_rows(v + g * T * d, d, T, P, d, rows);
         paired(rows, P, d, values);
         for (int64_t head = g * each; head < (g + 1) * each; head++) {
             const uint32_t seed = seed_from(s->seed, head);
-            copy_rows(q + head * T * d, d, 0, P, T, d, rows);
+            copy_rows(q + head * T * d, d, T, P, d, rows);
             for (int64_t first = 0; first < T; first += BLOCK) {
                 const int64_t seen = first + BLOCK;
                 product(BLOCK, seen, d / 2, (pair *)(rows + first * d), d / 2, keys, P, scores, P, 0);
@@ -183,8 +180,8 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
         pair *grads = query_pairs + P * d / 2, *grad_pairs = grads + P * d / 2, *slope_pairs = grad_pairs + P * d / 2;
         uint16_t *keys = (uint16_t *)(slope_pairs + BLOCK / 2 * P), *values = keys + P * d, *columns = values + P * d;
         uint16_t *weights = columns + P * d, *slope_rows = weights + BLOCK * P, *rows = slope_rows + BLOCK * P;
-        copy_rows(k + g * T * d, d, 0, P, T, d, keys);
-        copy_rows(v + g * T * d, d, 0, P, T, d, values);
+        copy_rows(k + g * T * d, d, T, P, d, keys);
+        copy_rows(v + g * T * d, d, T, P, d, values);
         for (int64_t t = 0; t < P; t++)
             for (int64_t c = 0; c < d; c++)
                 columns[c * P + t] = keys[t * d + c];
@@ -192,10 +189,10 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
         for (int64_t head = g * each; head < (g + 1) * each; head++) {
             const uint32_t seed = seed_from(s->seed, head);
             const int64_t at = head / s->n_head * T * all + head % s->n_head * d;
-            copy_rows(q + head * T * d, d, 0, P, T, d, rows);
+            copy_rows(q + head * T * d, d, T, P, d, rows);
             turned(rows, P, d, queries);
             paired(rows, P, d, query_pairs);
-            copy_rows(grad + at, all, 0, P, T, d, rows);
+            copy_rows(grad + at, all, T, P, d, rows);
             turned(rows, P, d, grads);
             paired(rows, P, d, grad_pairs);
             for (int64_t t = 0; t < P; t++) {

@@ -220,6 +220,7 @@ class CompiledStep:
 
     def __init__(self, engine: Engine, library: ctypes.CDLL):
         self.engine, self.model, self.compute = engine, engine.model, library.step
+        self.rounds = self.model.lm_head.weight.dtype != torch.float32  # the engine does its logits, and the step not
         in_halves = engine.kept == torch.bfloat16 and library.multiplies_halves() and not machine.cpu_has_amx()
         self.few = SHORT_IN_HALVES if in_halves else SHORT
         self.take_weights()
@@ -305,15 +306,16 @@ class CompiledStep:
         """As Engine.prefill_all. Short parts are read together, as a step of so many rows."""
         found, together = [], []
         for tokens, row, start, see in parts:
-            if len(tokens) > self.few:
+            is_long = len(tokens) > self.few
+            if is_long or sum(len(its) for its, *_ in together) + len(tokens) > LOGITS_ROWS:
                 found += self.read(together, cache)
-                self.engine.prefill(tokens[:-1], cache, row, start, see)  # whose logits are rounded in bfloat16
-                found += self.read([(tokens[-1:], row, start + len(tokens) - 1, see)], cache)
                 together = []
+            if is_long and not self.rounds:
+                found.append(self.engine.prefill(tokens, cache, row, start, see))
                 continue
-            if sum(len(its) for its, *_ in together) + len(tokens) > LOGITS_ROWS:
-                found += self.read(together, cache)
-                together = []
+            if is_long:
+                self.engine.prefill(tokens[:-1], cache, row, start, see)
+                tokens, start = tokens[-1:], start + len(tokens) - 1
             while see and len(tokens) > LOGITS_ROWS:
                 self.read([(tokens[:LOGITS_ROWS], row, start, see)], cache)
                 tokens, start = tokens[LOGITS_ROWS:], start + LOGITS_ROWS
@@ -322,7 +324,7 @@ class CompiledStep:
 
     def refill(self, texts: list[list[int]], cache: RowCache, rows: list[int]) -> torch.Tensor:
         """As Engine.refill."""
-        if len(texts[0]) == 1:
+        if not self.rounds or len(texts[0]) == 1:
             return self.engine.refill(texts, cache, rows)
         self.engine.refill([text[:-1] for text in texts], cache, rows)
         return self.step(torch.tensor([text[-1] for text in texts]), cache, rows)

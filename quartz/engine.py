@@ -361,9 +361,13 @@ class Engine:
         """
         idx = torch.as_tensor(tokens, device=self.model.lm_head.weight.device)
         x = self.model._hidden(idx[None], cache.open_prefill(row, start, len(idx)), cache)
-        for few in x.split(LOGITS_ROWS, dim=1) if see else ():
-            see(self.model.lm_head(few)[0])
-        return self.model.lm_head(x[0, -1:])[0]
+        last = self.model.lm_head(x[0, -1:])[0]
+        for start in range(0, len(idx), LOGITS_ROWS) if see else ():
+            logits = self.model.lm_head(x[:, start : start + LOGITS_ROWS])[0]
+            if start + LOGITS_ROWS >= len(idx):
+                logits[-1] = last  # in the bits that it has where no others are asked for
+            see(logits)
+        return last
 
     def prefill_all(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
         """`prefill` for each of the parts, in their order."""

@@ -191,16 +191,18 @@ def has_fp8(device: torch.device) -> bool:
 
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), rather than by emulation."""
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if "avx512_bf16" in features or "amx_bf16" in features:
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    return any(getattr(torch.cpu, f"_is_{part}_supported", bool)() for part in ("avx512_bf16", "amx_tile"))
+    return _cpu_has("avx512_bf16", "avx512_bf16") or cpu_has_amx()
 
 
 def cpu_has_amx() -> bool:
     """Whether the CPU multiplies whole tiles of bfloat16, which libraries do and quartz's C does not."""
+    return _cpu_has("amx_bf16", "amx_tile")
+
+
+def _cpu_has(feature: str, before: str) -> bool:
+    """`before`: what releases of torch without a table of features ask for."""
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(features.get("amx_bf16")) or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return bool(features[feature] if feature in features else getattr(torch.cpu, f"_is_{before}_supported", bool)())
 
 
 def send(batch: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

@@ -24,12 +24,8 @@ INLINE int64_t start_of(int64_t block, int64_t n) { return n * block / BLOCKS; }
 void norm_forward(int64_t threads, int64_t kind, int64_t n, int64_t width, float eps, const float *x, const float *weight,
                   float *scales, void *y) {
     EACH_BLOCK for (int64_t block = 0; block < BLOCKS; block++)
-        for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++) {
-            const float *its = x + row * width;
-            const float scale = scales[row] = rms_scale(FLOAT32, its, width, eps);
-            EACH(i, more, width)
-                give(kind, y, row * width + i, some(its + i, more, 0) * scale * some(weight + i, more, 0), more);
-        }
+        for (int64_t row = start_of(block, n); row < start_of(block + 1, n); row++)
+            scales[row] = rms_norm(x + row * width, weight, width, eps, kind, y, row * width);
 }
 
 /* grad_x = scale * (g - unit * mean(g * unit)), with g = grad * weight and unit = x * scale; grad_weight in parts. */

@@ -72,6 +72,7 @@ struct call {
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* Products */
 
+/* Bits, not numbers: WIDTH pairs of bfloat16, for add_pairs. */
 INLINE vec pairs(const void *from, int64_t i) { return (vec) * (const ints_at *)((const uint16_t *)from + i); }
 
 /* Sums of some rows of x, each times OUTPUTS rows of the weight: the registers hold all of them. With `asks`, what
@@ -202,18 +203,12 @@ static void layer_norm(struct norm norm, int64_t width, const float *x, int64_t 
     }
 }
 
-static void rms_norm(struct norm norm, float eps, int64_t width, const float *x, int64_t kind, void *y) {
-    const float scale = rms_scale(FLOAT32, x, width, eps);
-    EACH(i, more, width)
-        give(kind, y, i, some(x + i, more, 0) * scale * some(norm.weight + i, more, 0), more);
-}
-
 /* For the product with m that follows. */
 static void normalise(const struct network *net, struct norm norm, const float *x, const struct matrix *m, float *y) {
     if (net->is_gpt2)
         layer_norm(norm, net->width, x, kind_of_x(m->kind), y);
     else
-        rms_norm(norm, net->eps, net->width, x, kind_of_x(m->kind), y);
+        rms_norm(x, norm.weight, net->width, net->eps, kind_of_x(m->kind), y, 0);
 }
 
 /* Channel i turns together with i + head_dim / 2; the sines have their signs. */
@@ -253,7 +248,7 @@ static void place(const struct network *net, const struct layer *layer, const st
         float *its = head < each ? q + head * d : k;
         struct norm norm = head < each ? layer->q_norm : layer->k_norm;
         if (norm.weight)
-            rms_norm(norm, net->eps, d, its, FLOAT32, its);
+            rms_norm(its, norm.weight, d, net->eps, FLOAT32, its, 0);
         if (call->cos)
             rotate(d, call->cos + t * d, call->sin + t * d, its);
     }
@@ -307,10 +302,8 @@ static void attend(const struct network *net, const struct layer *layer, const s
 
 #ifdef _OPENMP
 #define SHARE_OUT _Pragma("omp for schedule(dynamic)")
-extern int omp_get_thread_num(void);
 #else
 #define SHARE_OUT
-static int omp_get_thread_num(void) { return 0; }
 #endif
 
 /* Shares a product out among the threads. */

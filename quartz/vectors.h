@@ -7,6 +7,12 @@
 #include <immintrin.h>
 #endif
 
+#ifdef _OPENMP
+extern int omp_get_thread_num(void);
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
 /* Of the width of this machine's registers. */
 #if defined(__AVX512F__)
 #define WIDTH 16
@@ -203,6 +209,14 @@ INLINE void give(const int64_t kind, void *to, int64_t i, vec v, int64_t count) 
         memcpy((uint16_t *)to + i, &half, count * sizeof(uint16_t));
 }
 
+/* An RMS norm of float32, x * scale * weight, to y from number `at` on; returns the scale. */
+INLINE float rms_norm(const float *x, const float *weight, int64_t width, float eps, int64_t kind, void *y, int64_t at) {
+    const float scale = rms_scale(FLOAT32, x, width, eps);
+    EACH(i, more, width)
+        give(kind, y, at + i, some(x + i, more, 0) * scale * some(weight + i, more, 0), more);
+    return scale;
+}
+
 /* A hash of 32 bits (Wellons, 2018, "lowbias32"). */
 typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
 INLINE bits hashed(bits x) {
@@ -211,7 +225,7 @@ INLINE bits hashed(bits x) {
     return x ^ (x >> 16);
 }
 
-/* What dropout multiplies numbers by that are counted from `first` on: 0 for so many of 2^16 draws, else `factor`. */
+/* What dropout multiplies numbers by, counted from `first` on, `apart`: 0 for so many of 2^16 draws, else `factor`. */
 INLINE vec kept(uint32_t first, uint32_t apart, uint32_t seed, int64_t dropped, float factor) {
     bits counters;
     UNROLLED for (int lane = 0; lane < WIDTH; lane++)
