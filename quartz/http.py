@@ -33,7 +33,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from quartz import api, openapi
+from quartz import api, machine, openapi
 from quartz.api import ApiError
 from quartz.errors import UserError, in_words
 from quartz.gate import Gate, Json, Protocol, dumps, refusal
@@ -305,6 +305,7 @@ class Site:
         """Ends it once all is over that it was asked for."""
         service.drain(self.seconds)
         service.close()
+        machine.give_back_memory()
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             self.mailbox.loop.call_soon_threadsafe(self.metrics.retire, service)
 

@@ -264,7 +264,7 @@ class Service:
             return self.changed.wait_for(lambda: self.is_closed or (self.is_idle and not self.waiting), seconds)
 
     def close(self) -> None:
-        """Takes no more requests, fails those that are not over, and ends the thread."""
+        """Takes no more requests, fails those that are not over, ends the thread, and lets go of the model."""
         with self.changed:
             self.is_draining = self.is_closed = True
             self.changed.notify_all()
@@ -310,6 +310,7 @@ class Service:
                 traceback.print_exc(file=sys.stderr)
                 self._fail(f"the engine failed: {type(error).__name__}: {error}")
         self._fail("the server is shutting down", with_waiting=True)
+        self.decoder, self.prefixes = None, PrefixCache(self.prefixes.chunk, 0)  # whoever counts may hold on to the rest
 
     def _await_work(self) -> bool:
         """Sleeps while there is nothing to do; returns False at the end."""
