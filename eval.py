@@ -59,8 +59,8 @@ class Text(shards.Split):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        return self.ids[start : start + count]
+    def rows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        return np.stack([self.ids[start : start + count] for start in starts])
 
 
 def check_settings() -> None:

@@ -14,7 +14,9 @@ that holds less is padded, with tokens that are no targets. Either works without
 The batches are a pure function: row r of iteration i depends on (seed, i, r) and on the data, and on nothing else.
 """
 
+import bisect
 import functools
+import itertools
 import json
 import math
 import mmap
@@ -196,11 +198,15 @@ class Split:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start … start + count - 1, across the borders of shards, as int64."""
-        return self.tokens.read(start, count)
+        return self.rows(np.array([start]), count)[0]
+
+    def rows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        """What `read` gives for each of the starts: (starts, count)."""
+        return self.tokens.rows(starts, count)
 
     def windows(self, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (B, T) int64 of the windows that begin at `starts`; a target is the next token."""
-        tokens = np.stack([self.read(int(start), block_size + 1) for start in starts])
+        tokens = self.rows(starts, block_size + 1)
         self._check_ids(tokens)
         tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -225,17 +231,17 @@ class Split:
         """What the targets of these windows count, (B, T) float32: 1, or 0 where the mask has 0."""
         if self.mask is None:
             return torch.ones(len(starts), block_size)
-        return torch.from_numpy(np.stack([self._targets(int(start), block_size) for start in starts])).float()
+        return torch.from_numpy(self._targets(starts, block_size)).float()
 
     def count_targets(self, starts: np.ndarray, block_size: int) -> int:
         """How many targets count in these windows. Reads the mask alone, so that it can be known before a batch is."""
         if self.mask is None:
             return len(starts) * block_size
-        return sum(int(self._targets(int(start), block_size).sum()) for start in starts)
+        return sum(int(self._targets(start, block_size).sum()) for start in starts[:, None])
 
-    def _targets(self, start: int, block_size: int) -> np.ndarray:
-        """Which targets of the window at `start` count, (T,), 0 or 1 each."""
-        mask = self.mask.read(start + 1, block_size)
+    def _targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
+        """Which targets of these windows count, (B, T), 0 or 1 each."""
+        mask = self.mask.rows(starts + 1, block_size)
         self._check_mask(mask)
         return mask
 
@@ -261,11 +267,11 @@ class Pieces:
     def __init__(self, files: list[Path], dtype: np.dtype):
         self.files, self._layouts = files, [_layout(file, dtype) for file in files]
         self.lengths = [layout.count for layout in self._layouts]
-        self.ends = np.cumsum(self.lengths)
+        self.ends = list(itertools.accumulate(self.lengths))
         self._mapped = functools.lru_cache(MAPPED)(self._map)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def _map(self, nth: int) -> np.ndarray:
         _, dtype, begin, count = self._layouts[nth]
@@ -276,17 +282,22 @@ class Pieces:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.files[nth]} can't be read: {error}") from error
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Numbers start … start + count - 1, as int64. Raises UserError where a file has changed meanwhile."""
-        out, filled = np.empty(count, dtype=np.int64), 0
-        nth = int(np.searchsorted(self.ends, start, side="right"))
-        while filled < count:
-            if stamp(self.files[nth]) != self._layouts[nth].stamp:  # of what is mapped and cut off, no read returns
-                raise UserError(f"{self.files[nth]} was changed while it is in use: prepare the data set again")
-            offset = start + filled - (int(self.ends[nth - 1]) if nth else 0)
-            part = self._mapped(nth)[offset : offset + count - filled]
-            out[filled : filled + len(part)] = part
-            filled, nth = filled + len(part), nth + 1
+    def rows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        """Of each start the numbers start … start + count - 1, as int64: (starts, count). Raises UserError where a file
+        has changed meanwhile.
+        """
+        out, unchanged = np.empty((len(starts), count), dtype=np.int64), set()
+        for row, start in zip(out, starts.tolist(), strict=True):
+            nth, filled = bisect.bisect_right(self.ends, start), 0
+            while filled < count:
+                if nth not in unchanged and stamp(self.files[nth]) != self._layouts[nth].stamp:
+                    # Of what is mapped and cut off, no read returns
+                    raise UserError(f"{self.files[nth]} was changed while it is in use: prepare the data set again")
+                unchanged.add(nth)
+                offset = start + filled - (self.ends[nth - 1] if nth else 0)
+                part = self._mapped(nth)[offset : offset + count - filled]
+                row[filled : filled + len(part)] = part
+                filled, nth = filled + len(part), nth + 1
         return out
 
     def heads(self, count: int) -> Iterator[np.ndarray]:
