@@ -187,6 +187,7 @@ def estimate_loss(model: GPT, splits: dict, T: int, autocast, place, processes, 
                 loss = model(*batch, divisor=divisor, return_logits=False)[1]
             total += loss * (nth < len(parts))
         losses[name] = processes.sum(total).item() / (len(parts) if divisor is None else 1)
+    model.train()
     return losses
 
 
@@ -296,7 +297,6 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
 
         # Batch: data and dropout depend on the seed, iter_num and the rank, and on no history
         began = time.perf_counter()
-        raw_model.train()
         if raw_model.config.dropout:
             torch.manual_seed(shards.mix(seed, iter_num, processes.rank))
         lr = get_lr(iter_num, decay_iters)

@@ -4,43 +4,29 @@ Read it when training with long contexts is slow. It computes what model.py's `a
 what is kept is the logarithm of each query's sum, and the weights are computed once more on the way back);
 quartz/kernels.py calls it. Numbers that are multiplied are bfloat16, sums are float32. Keys and values of a head are one
 thread's, so bits do not depend on the number of threads.
-
-Products take their right side in pairs: two numbers that follow each other in a sum lie side by side, in 32 bits.
 */
 
-#include "vectors.h"
+#include "products.h"
 
 enum { BLOCK = 32 }; /* queries, or keys, that go together */
-
-typedef uint32_t pair __attribute__((may_alias));
 
 struct attention {
     int64_t threads, batch, n_head, n_kv, length, head_dim;
     int64_t dropped; /* of 2^16 weights; the others are multiplied by `kept` */
     int64_t seed;
     float kept;
+    int64_t strides[6][3]; /* in numbers, from one batch, head and token to the next: of q, k, v, and their gradients */
 };
 
-INLINE void tile(const int rows, const int wide, int64_t n, const pair *a, int64_t a_stride, const pair *b,
-                 int64_t b_stride, float *c, int64_t c_stride, const int adds) {
-    vec sum[8][4];
-    UNROLLED for (int r = 0; r < rows; r++)
-        UNROLLED for (int w = 0; w < wide; w++)
-            sum[r][w] = adds ? load(FLOAT32, c, r * c_stride + w * WIDTH) : (vec){};
-    for (int64_t i = 0; i < n; i++) {
-        ints its[4];
-        UNROLLED for (int w = 0; w < wide; w++)
-            its[w] = *(const ints_at *)(b + i * b_stride + w * WIDTH);
-        UNROLLED for (int r = 0; r < rows; r++) {
-            ints factor = (ints){} + (int32_t)a[r * a_stride + i];
-            UNROLLED for (int w = 0; w < wide; w++)
-                sum[r][w] = add_pairs(sum[r][w], factor, its[w]);
-        }
-    }
-    UNROLLED for (int r = 0; r < rows; r++)
-        UNROLLED for (int w = 0; w < wide; w++)
-            put(c + r * c_stride + w * WIDTH, sum[r][w], WIDTH);
+enum { Q, K, V, GRAD_Q, GRAD_K, GRAD_V };
+
+/* Where a head begins in one of them; `head` counts over the batch too. */
+INLINE int64_t begins(const struct attention *s, int64_t which, int64_t head) {
+    const int64_t heads = which % 3 == Q ? s->n_head : s->n_kv;
+    return head / heads * s->strides[which][0] + head % heads * s->strides[which][1];
 }
+
+INLINE int64_t stride(const struct attention *s, int64_t which) { return s->strides[which][2]; }
 
 /* c (rows, columns) = or += a (rows, 2 n) b (2 n, columns); rows a multiple of 8, columns of 16; strides in pairs. */
 INLINE void product(int64_t rows, int64_t columns, int64_t n, const pair *a, int64_t a_stride, const pair *b,
@@ -48,13 +34,13 @@ INLINE void product(int64_t rows, int64_t columns, int64_t n, const pair *a, int
     int64_t j = 0;
     for (; j + 4 * WIDTH <= columns; j += 4 * WIDTH)
         for (int64_t r = 0; r < rows; r += 4)
-            tile(4, 4, n, a + r * a_stride, a_stride, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(4, 4, n, a + r * a_stride, a_stride, 1, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
     for (; j + 2 * WIDTH <= columns; j += 2 * WIDTH)
         for (int64_t r = 0; r < rows; r += 8)
-            tile(8, 2, n, a + r * a_stride, a_stride, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(8, 2, n, a + r * a_stride, a_stride, 1, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
     for (; j < columns; j += WIDTH)
         for (int64_t r = 0; r < rows; r += 8)
-            tile(8, 1, n, a + r * a_stride, a_stride, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(8, 1, n, a + r * a_stride, a_stride, 1, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -73,18 +59,27 @@ static void copy_rows(const uint16_t *from, int64_t stride, int64_t T, int64_t P
 
 /* rows (P, d) as the right side of x @ rows.T: pairs (d / 2, P) */
 static void turned(const uint16_t *rows, int64_t P, int64_t d, pair *to) {
-    const pair *from = (const pair *)rows;
-    for (int64_t t = 0; t < P; t += 16)
-        for (int64_t c = 0; c < d / 2; c++)
-            for (int64_t i = 0; i < 16; i++)
-                to[c * P + t + i] = from[(t + i) * (d / 2) + c];
+    transpose(P, d / 2, (const pair *)rows, d / 2, to, P);
 }
 
-/* rows (P, d) as the right side of x @ rows: pairs (P / 2, d) */
-static void paired(const uint16_t *rows, int64_t P, int64_t d, pair *to) {
+/* rows (P, d) as columns (d, P); `work` is as large */
+static void turned_whole(const uint16_t *rows, int64_t P, int64_t d, pair *work, uint16_t *to) {
+    turned(rows, P, d, work);
+    for (int64_t c = 0; c < d; c += 2)
+        for (int64_t t = 0; t < P; t += WIDTH) {
+            const bits its = *(const bits_at *)(work + c / 2 * P + t);
+            *(halves_at *)(to + c * P + t) = __builtin_convertvector(its, halves_at);
+            *(halves_at *)(to + (c + 1) * P + t) = __builtin_convertvector(its >> 16, halves_at);
+        }
+}
+
+/* The first columns of rows (P, d) as the right side of x @ rows: pairs (P / 2, d) */
+static void paired(const uint16_t *rows, int64_t P, int64_t columns, int64_t d, pair *to) {
     for (int64_t t = 0; t < P; t += 2)
-        for (int64_t c = 0; c < d; c++)
-            to[t / 2 * d + c] = rows[t * d + c] | (pair)rows[(t + 1) * d + c] << 16;
+        for (int64_t c = 0; c < columns; c += WIDTH) {
+            const uint16_t *its = rows + t * d + c;
+            *(ints_at *)(to + t / 2 * d + c) = paired_halves(*(const halves_at *)its, *(const halves_at *)(its + d));
+        }
 }
 
 /* Floats that a thread needs to work in: as attention_backward shares them out; attention_forward needs fewer. */
@@ -101,8 +96,8 @@ int64_t scratch(const struct attention *s) {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-/* q (batch, n_head, T, head_dim), k and v (batch, n_kv, T, head_dim) -> y (batch, T, n_head, head_dim), and the
-   logarithms of the sums (batch, n_head, T). */
+/* q (batch, n_head, T, head_dim), k and v (batch, n_kv, T, head_dim), by `strides` -> y (batch, T, n_head, head_dim), and
+   the logarithms of the sums (batch, n_head, T). */
 void attention_forward(const struct attention *s, const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *y,
                        float *logs, float *work) {
     const int64_t T = s->length, P = padded(T), d = s->head_dim, each = s->n_head / s->n_kv;
@@ -111,13 +106,13 @@ void attention_forward(const struct attention *s, const uint16_t *q, const uint1
         float *scores = work + omp_get_thread_num() * scratch(s), *sums = scores + BLOCK * P, *reads = sums + BLOCK;
         pair *keys = (pair *)(reads + BLOCK * d), *values = keys + P * d / 2;
         uint16_t *rows = (uint16_t *)(values + P * d / 2), *weights = rows + P * d;
-        copy_rows(k + g * T * d, d, T, P, d, rows);
+        copy_rows(k + begins(s, K, g), stride(s, K), T, P, d, rows);
         turned(rows, P, d, keys);
-        copy_rows(v + g * T * d, d, T, P, d, rows);
-        paired(rows, P, d, values);
+        copy_rows(v + begins(s, V, g), stride(s, V), T, P, d, rows);
+        paired(rows, P, d, d, values);
         for (int64_t head = g * each; head < (g + 1) * each; head++) {
             const uint32_t seed = seed_from(s->seed, head);
-            copy_rows(q + head * T * d, d, T, P, d, rows);
+            copy_rows(q + begins(s, Q, head), stride(s, Q), T, P, d, rows);
             for (int64_t first = 0; first < T; first += BLOCK) {
                 const int64_t seen = first + BLOCK;
                 product(BLOCK, seen, d / 2, (pair *)(rows + first * d), d / 2, keys, P, scores, P, 0);
@@ -131,9 +126,7 @@ void attention_forward(const struct attention *s, const uint16_t *q, const uint1
                             wins &= places() + (int32_t)i <= (int32_t)t;
                         most = (vec)((wins & (ints)score) | (~wins & (ints)most));
                     }
-                    float highest = most[0];
-                    for (int lane = 1; lane < WIDTH; lane++)
-                        highest = most[lane] > highest ? most[lane] : highest;
+                    const float highest = largest(most);
                     for (int64_t i = 0; i < seen; i += WIDTH) {
                         vec weight = exponential((load(FLOAT32, its, i) - highest) * scale);
                         if (i + WIDTH > t + 1)
@@ -160,9 +153,10 @@ void attention_forward(const struct attention *s, const uint16_t *q, const uint1
 }
 
 /* to (T, d) = rows * factor */
-static void give_rows(const float *rows, float factor, int64_t T, int64_t d, uint16_t *to) {
-    EACH(i, more, T * d)
-        give(BFLOAT16, to, i, some(rows + i, more, 0) * factor, more);
+static void give_rows(const float *rows, float factor, int64_t T, int64_t d, uint16_t *to, int64_t stride) {
+    for (int64_t t = 0; t < T; t++)
+        EACH(i, more, d)
+            give(BFLOAT16, to, t * stride + i, some(rows + t * d + i, more, 0) * factor, more);
 }
 
 /* With what attention_forward took and gave, and y's gradient: those of q, k and v. The weights are computed with keys as
@@ -180,21 +174,19 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
         pair *grads = query_pairs + P * d / 2, *grad_pairs = grads + P * d / 2, *slope_pairs = grad_pairs + P * d / 2;
         uint16_t *keys = (uint16_t *)(slope_pairs + BLOCK / 2 * P), *values = keys + P * d, *columns = values + P * d;
         uint16_t *weights = columns + P * d, *slope_rows = weights + BLOCK * P, *rows = slope_rows + BLOCK * P;
-        copy_rows(k + g * T * d, d, T, P, d, keys);
-        copy_rows(v + g * T * d, d, T, P, d, values);
-        for (int64_t t = 0; t < P; t++)
-            for (int64_t c = 0; c < d; c++)
-                columns[c * P + t] = keys[t * d + c];
+        copy_rows(k + begins(s, K, g), stride(s, K), T, P, d, keys);
+        copy_rows(v + begins(s, V, g), stride(s, V), T, P, d, values);
+        turned_whole(keys, P, d, queries, columns);
         memset(sum_k, 0, 2 * P * d * sizeof(float));
         for (int64_t head = g * each; head < (g + 1) * each; head++) {
             const uint32_t seed = seed_from(s->seed, head);
             const int64_t at = head / s->n_head * T * all + head % s->n_head * d;
-            copy_rows(q + head * T * d, d, T, P, d, rows);
+            copy_rows(q + begins(s, Q, head), stride(s, Q), T, P, d, rows);
             turned(rows, P, d, queries);
-            paired(rows, P, d, query_pairs);
+            paired(rows, P, d, d, query_pairs);
             copy_rows(grad + at, all, T, P, d, rows);
             turned(rows, P, d, grads);
-            paired(rows, P, d, grad_pairs);
+            paired(rows, P, d, d, grad_pairs);
             for (int64_t t = 0; t < P; t++) {
                 vec along = {};
                 if (t < T)
@@ -224,18 +216,16 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
                         give(BFLOAT16, weights, r * P + i, left, WIDTH);
                         give(BFLOAT16, slope_rows, r * P + i, weight * (slope - load(FLOAT32, parts, first + i)), WIDTH);
                     }
-                paired(slope_rows, BLOCK, P, slope_pairs);
+                paired(slope_rows, BLOCK, count, P, slope_pairs);
                 product(BLOCK, d, count / 2, (pair *)weights, P / 2, grad_pairs + first / 2 * d, d, sum_v + first * d, d, 1);
                 product(BLOCK, d, count / 2, (pair *)slope_rows, P / 2, query_pairs + first / 2 * d, d, sum_k + first * d,
                         d, 1);
                 product(d, count, BLOCK / 2, (pair *)(columns + first), P / 2, slope_pairs, P, sum_q + first, P, 1);
             }
-            for (int64_t t = 0; t < T; t++)
-                for (int64_t c = 0; c < d; c++)
-                    ((float *)queries)[t * d + c] = sum_q[c * P + t];
-            give_rows((float *)queries, scale, T, d, grad_q + head * T * d);
+            transpose(d, P, (const pair *)sum_q, P, queries, d);
+            give_rows((float *)queries, scale, T, d, grad_q + begins(s, GRAD_Q, head), stride(s, GRAD_Q));
         }
-        give_rows(sum_k, scale, T, d, grad_k + g * T * d);
-        give_rows(sum_v, 1, T, d, grad_v + g * T * d);
+        give_rows(sum_k, scale, T, d, grad_k + begins(s, GRAD_K, g), stride(s, GRAD_K));
+        give_rows(sum_v, 1, T, d, grad_v + begins(s, GRAD_V, g), stride(s, GRAD_V));
     }
 }

@@ -1,20 +1,23 @@
 """Faster ways on CPUs to compute what model.py says plainly, installed into a model from outside by `install`.
 
-Read it when a training step on a CPU is too slow, or after a change of model.py's attention, MLP, norm or dropout: what
-is here stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. In
-evaluation, without gradients or under torch.compile a module computes what model.py says; so it does on other devices,
-but for the norm's own backward pass. Where there is a C compiler, what comes between the products is quartz/passes.c's,
-and attention in bfloat16 quartz/attention.c's.
+Read it when a training step on a CPU is too slow, or after a change of model.py's Block or of its parts: what is here
+stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. Under torch.compile
+and on other devices a module computes what model.py says, but for the norm's own backward pass there.
+
+Where there is a C compiler, there are two ways. In bfloat16, on processors that multiply it in vectors (AVX512-BF16), a
+block as a whole is quartz/block.c's, in training and evaluation, and Muon's steps are quartz/muon.c's. Where a library
+multiplies faster (AMX), in float32, or where one of a block's parts is not model.py's own, products are PyTorch's; what
+comes between them is quartz/passes.c's, and attention in bfloat16 quartz/attention.c's, while a model trains.
 """
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from model import MLP, CausalSelfAttention, RMSNorm, rotate
+from model import MLP, Block, CausalSelfAttention, RMSNorm, rotate
 from quartz import native
 from quartz.native import KINDS, at
 
@@ -52,20 +55,16 @@ class RMSNormInTraining(torch.autograd.Function):
 
 
 @functools.cache
-def in_c(name: str) -> ctypes.CDLL | None:
-    """quartz/{name}.c, passes or attention; None where it can't be compiled, and kept."""
+def in_c() -> ctypes.CDLL | None:
+    """quartz/training.c, all of it; None where it can't be compiled, and kept."""
     try:
-        return native.load(name, may_compile=True)
+        return native.load("training", may_compile=True)
     except Exception:  # whatever a compiler or a folder that is missing, old or broken raises
         return None
 
 
-def passes() -> ctypes.CDLL | None:
-    return in_c("passes")
-
-
 def in_passes(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in KINDS and passes() is not None
+    return x.device.type == "cpu" and x.dtype in KINDS and in_c() is not None
 
 
 def sizes(*numbers: int) -> list[ctypes.c_int64]:
@@ -80,7 +79,7 @@ class NormInPasses(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         y, scale = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
         numbers = sizes(KINDS[dtype], scale.numel(), x.size(-1))
-        passes().norm_forward(*numbers, ctypes.c_float(eps), *at(x, weight, scale, y))
+        in_c().norm_forward(*numbers, ctypes.c_float(eps), *at(x, weight, scale, y))
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -89,7 +88,7 @@ class NormInPasses(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         grad, grad_x, parts = grad.contiguous(), torch.empty_like(x), torch.zeros(BLOCKS, x.size(-1))
         numbers = sizes(KINDS[grad.dtype], scale.numel(), x.size(-1))
-        passes().norm_backward(*numbers, *at(x, weight, scale, grad, grad_x, parts))
+        in_c().norm_backward(*numbers, *at(x, weight, scale, grad, grad_x, parts))
         return grad_x, parts.sum(0), None, None
 
 
@@ -114,7 +113,7 @@ class SwiGLUInPasses(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor):
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], x.size(-1) // 2, dtype=x.dtype)
-        passes().swiglu_forward(*sizes(KINDS[x.dtype], y.numel() // y.size(-1), y.size(-1)), *at(x, y))
+        in_c().swiglu_forward(*sizes(KINDS[x.dtype], y.numel() // y.size(-1), y.size(-1)), *at(x, y))
         ctx.save_for_backward(x)
         return y
 
@@ -123,7 +122,7 @@ class SwiGLUInPasses(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
         numbers = sizes(KINDS[x.dtype], grad.numel() // grad.size(-1), grad.size(-1))
-        passes().swiglu_backward(*numbers, *at(x, grad, grad_x))
+        in_c().swiglu_backward(*numbers, *at(x, grad, grad_x))
         return grad_x
 
 
@@ -134,7 +133,7 @@ class GELUInPasses(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor):
         x = x.contiguous()
         y = torch.empty_like(x)
-        passes().gelu_forward(*sizes(KINDS[x.dtype], x.numel()), *at(x, y))
+        in_c().gelu_forward(*sizes(KINDS[x.dtype], x.numel()), *at(x, y))
         ctx.save_for_backward(x)
         return y
 
@@ -142,7 +141,7 @@ class GELUInPasses(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         (x,) = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
-        passes().gelu_backward(*sizes(KINDS[x.dtype], x.numel()), *at(x, grad, grad_x))
+        in_c().gelu_backward(*sizes(KINDS[x.dtype], x.numel()), *at(x, grad, grad_x))
         return grad_x
 
 
@@ -179,7 +178,7 @@ class DropoutInPasses(torch.autograd.Function):
     def masked(x: torch.Tensor, seed: int, dropped: int, kept: float) -> torch.Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        passes().dropout(*sizes(KINDS[x.dtype], x.numel(), seed, dropped), ctypes.c_float(kept), *at(x, y))
+        in_c().dropout(*sizes(KINDS[x.dtype], x.numel(), seed, dropped), ctypes.c_float(kept), *at(x, y))
         return y
 
 
@@ -197,13 +196,21 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("threads", "batch", "n_head", "n_kv", "length", "head_dim")),
         *((name, ctypes.c_int64) for name in ("dropped", "seed")),
         ("kept", ctypes.c_float),
+        ("strides", ctypes.c_int64 * 3 * 6),
     ]
 
     def call(self, name: str, *tensors: torch.Tensor) -> None:
-        library = in_c("attention")
+        library = in_c()
         library.scratch.restype = ctypes.c_int64
         work = torch.empty(self.threads, library.scratch(ctypes.byref(self)))
         getattr(library, name)(ctypes.byref(self), *at(*tensors, work))
+
+
+def attention_of(
+    threads, B, n_head, n_kv, T, head_dim, drawn: tuple[int, float], seed: int, strides: list
+) -> Attention:
+    rows = (ctypes.c_int64 * 3 * 6)(*((ctypes.c_int64 * 3)(*its) for its in strides))
+    return Attention(threads, B, n_head, n_kv, T, head_dim, drawn[0], seed, drawn[1], rows)
 
 
 class AttentionInC(torch.autograd.Function):
@@ -219,7 +226,8 @@ class AttentionInC(torch.autograd.Function):
         """
         q, k, v = (t.contiguous() for t in (q, k, v))
         (B, n_head, T, D), drawn = q.shape, share(dropout)
-        ctx.attention = Attention(torch.get_num_threads(), B, n_head, k.size(1), T, D, drawn[0], seed, drawn[1])
+        strides = [t.stride()[:3] for t in (q, k, v)] * 2
+        ctx.attention = attention_of(torch.get_num_threads(), B, n_head, k.size(1), T, D, drawn, seed, strides)
         y, logs = torch.empty(B, T, n_head, D, dtype=q.dtype), torch.empty(B, n_head, T)
         ctx.attention.call("attention_forward", q, k, v, y, logs)
         ctx.save_for_backward(q, k, v, y, logs)
@@ -269,7 +277,7 @@ class HeadsInPasses(torch.autograd.Function):
         ctx.heads = Heads(*numbers, eps, *at(*given))
         q, k, v = (torch.empty(B, heads, T, D, dtype=qkv.dtype) for heads in (n_head, n_kv, n_kv))
         scale = torch.empty(B, T, n_head + n_kv)
-        passes().heads_forward(ctypes.byref(ctx.heads), *at(qkv, scale, q, k, v))
+        in_c().heads_forward(ctypes.byref(ctx.heads), *at(qkv, scale, q, k, v))
         ctx.save_for_backward(qkv, scale, *given)
         return q, k, v
 
@@ -279,7 +287,7 @@ class HeadsInPasses(torch.autograd.Function):
         ctx.heads.q_weight, ctx.heads.k_weight, ctx.heads.cos, ctx.heads.sin = at(q_weight, k_weight, cos, sin)
         grads, parts = [grad.contiguous() for grad in grads], torch.zeros(BLOCKS, 2, qkv.size(-1))
         grad_qkv = torch.empty_like(qkv)
-        passes().heads_backward(ctypes.byref(ctx.heads), *at(qkv, scale, *grads, grad_qkv, parts))
+        in_c().heads_backward(ctypes.byref(ctx.heads), *at(qkv, scale, *grads, grad_qkv, parts))
         return grad_qkv, *(parts.sum(0) if q_weight is not None else (None, None)), *(None,) * 5
 
 
@@ -302,13 +310,144 @@ class FastAttention(CausalSelfAttention):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         fits = mask is None and q.size(2) == k.size(2) and self.head_dim % 16 == 0
         fits = fits and v.device.type == "cpu" and v.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        if fits and self.training and in_c("attention") is not None:
+        if fits and self.training and in_c() is not None:
             seed = new_seed() if self.dropout else 0
             return AttentionInC.apply(q.to(v.dtype), k.to(v.dtype), v, self.dropout, seed)
         return super().attend(q, super().shared(k), super().shared(v), mask)
 
 
+class BlockStruct(ctypes.Structure):
+    """quartz/block.c's struct block. given: weights and biases of the four linear layers, those of the two norms."""
+
+    _fields_ = [
+        ("heads", Heads),
+        ("attention", Attention),
+        *((name, ctypes.c_int64) for name in ("width", "hidden", "is_gated", "is_centred", "dropped")),
+        ("seeds", ctypes.c_int64 * 2),
+        *((name, ctypes.c_float) for name in ("kept", "eps")),
+        ("given", ctypes.c_void_p * 12),
+    ]
+
+    def point_to(self, tensors: list[torch.Tensor | None]) -> None:
+        """tensors: what `given` says; weights of the norms of queries and keys, cosines and sines."""
+        *given, self.heads.q_weight, self.heads.k_weight, self.heads.cos, self.heads.sin = at(*tensors)
+        self.given = (ctypes.c_void_p * 12)(*given)
+
+    def sizes(self) -> list[int]:
+        """Of what a forward pass keeps, what it works in, and what a backward pass works in; in floats."""
+        sizes = (ctypes.c_int64 * 3)()
+        in_c().block_sizes(ctypes.byref(self), sizes)
+        return list(sizes)
+
+
+class BlockInC(torch.autograd.Function):
+    """A block of the network, x (B, T, C) float32, its products in bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, struct: BlockStruct, *tensors: torch.Tensor | None):
+        """tensors: see BlockStruct.point_to"""
+        x, tensors = x.contiguous(), [None if t is None else t.contiguous() for t in tensors]
+        struct.point_to(tensors)
+        kept, work, _ = map(torch.empty, struct.sizes())
+        y, ctx.struct = torch.empty_like(x), struct
+        in_c().block_forward(ctypes.byref(struct), *at(x, y, kept, work))
+        ctx.save_for_backward(x, kept, *tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        x, kept, *tensors = ctx.saved_tensors
+        ctx.struct.point_to(tensors)
+        grad, work = grad.contiguous(), torch.empty(ctx.struct.sizes()[2])
+        grads = [None if t is None else torch.empty_like(t) for t in (x, *tensors[:14])]
+        to = (ctypes.c_void_p * 14)(*at(*grads[1:]))
+        in_c().block_backward(ctypes.byref(ctx.struct), *at(x, kept, grad, grads[0]), to, *at(work))
+        return grads[0], None, *grads[1:], None, None
+
+
+PIECE = 2**14  # numbers of which passes.c takes one sum
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
+    """torch.nn.utils.clip_grad_norm_, in a pass or two over all gradients in place of two over each."""
+    parameters = list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads or not all(type(g) is torch.Tensor and g.dtype == torch.float32 and in_passes(g) for g in grads):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    if not all(g.is_contiguous() for g in grads):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    n, lengths = len(grads), [g.numel() for g in grads]
+    sums = torch.empty(sum(lengths) // PIECE + n, dtype=torch.float64)
+    arrays, lengths = (ctypes.c_void_p * n)(*at(*grads)), (ctypes.c_int64 * n)(*lengths)
+    clip = in_c().clip
+    clip.restype = ctypes.c_double
+    return torch.tensor(clip(*sizes(n), arrays, lengths, ctypes.c_double(limit), *at(sums)), dtype=torch.float32)
+
+
+def newton_schulz(x: torch.Tensor, quintic: tuple[float, float, float], steps: int) -> bool:
+    """Takes quartz/optim.py's steps with x (n, rows, columns) in place, if that is faster so; tells whether it did."""
+    n, rows, columns = x.shape
+    threads = torch.get_num_threads()
+    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
+    if not (fits and n >= threads and rows % 16 == columns % 16 == 0 and block_pays()):
+        return False
+    work = torch.empty(threads, in_c().newton_schulz_work(ctypes.c_int64(rows), ctypes.c_int64(columns)))
+    in_c().newton_schulz(*sizes(n, rows, columns, steps), *map(ctypes.c_float, quintic), *at(x, work))
+    return True
+
+
+def block_pays() -> bool:
+    library = in_c()
+    return library is not None and bool(library.block_pays())
+
+
+@functools.lru_cache
+def struct_of(threads, B, T, n_head, n_kv, D, C, hidden, gated, centred, turns, p_attention, p, eps, head_eps):
+    """Without pointers and seeds."""
+    qkv, qk = (n_head + 2 * n_kv) * D, (n_head + n_kv) * D
+    of_q, of_v = ((T * wide, D, wide) for wide in (qk if turns else qkv, qkv))
+    return BlockStruct(
+        Heads(threads, KINDS[torch.bfloat16], B, T, n_head, n_kv, D, head_eps),
+        attention_of(threads, B, n_head, n_kv, T, D, share(p_attention), 0, [of_q, of_q, *[of_v] * 4]),
+        *(C, hidden, gated, centred, share(p)[0], (0, 0), share(p)[1], eps),
+    )
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class FastBlock(Block):
+    def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
+        wanted = x.device.type == "cpu" and x.dtype == torch.float32 and wanted_dtype(x) == torch.bfloat16
+        if not (wanted and cache is None and block_pays()) or torch.compiler.is_compiling():
+            return super().forward(x, rope, cache)
+        attn, mlp, norms = self.attn, self.mlp, (self.ln_1, self.ln_2)
+        linears, head_norms = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj), (attn.q_norm, attn.k_norm)
+        parts = (attn, mlp, *norms, *linears, attn.resid_dropout, mlp.dropout, *filter(None, head_norms))
+        plain = all(type(linear) is nn.Linear for linear in linears)
+        if not plain or any(getattr(part, hooks) for part in parts for hooks in HOOKS):
+            return super().forward(x, rope, cache)  # another layer than C knows, or somebody looks at a part
+        tensors = [layer.weight for layer in linears] + [layer.bias for layer in linears]
+        tensors += [norm.weight for norm in norms] + [getattr(norm, "bias", None) for norm in norms]
+        tensors += [norm and norm.weight for norm in head_norms]
+        wide = (attn.head_dim, x.size(-1), mlp.c_proj.in_features)
+        simple = all(t is None or (type(t) in (torch.Tensor, nn.Parameter) and t.dtype == x.dtype) for t in tensors)
+        if not simple or any(n % 16 for n in wide) or wide[0] > 1024:
+            return super().forward(x, rope, cache)
+        (B, T, C), is_centred = x.shape, not isinstance(norms[0], RMSNorm)
+        p, p_attention = (mlp.dropout.p, attn.dropout) if self.training else (0.0, 0.0)
+        heads = B, T, attn.n_head, attn.n_kv, attn.head_dim, C, mlp.c_proj.in_features, mlp.is_gated, is_centred
+        eps, head_eps = 1e-5 if is_centred else norms[0].eps, head_norms[0].eps if head_norms[0] else 0.0
+        threads = torch.get_num_threads()
+        struct = struct_of(threads, *heads, rope is not None, p_attention, p, eps, head_eps)
+        struct = BlockStruct.from_buffer_copy(struct)
+        struct.attention.seed = new_seed() if p_attention else 0  # drawn in the order of model.py's modules
+        struct.seeds[:] = [new_seed() if p else 0 for _ in range(2)]
+        return BlockInC.apply(x, struct, *tensors, *([table.squeeze(-2) for table in rope] if rope else (None, None)))
+
+
 FASTER = {
+    Block: FastBlock,
     RMSNorm: FastRMSNorm,
     nn.Dropout: FastDropout,
     CausalSelfAttention: FastAttention,

@@ -242,7 +242,7 @@ def why_no_compiler(device: torch.device) -> str:
         from torch.utils._triton import has_triton
 
         return "" if has_triton() else "the triton package is missing or does not know this GPU"
-    if device.type == "cpu" and sys.platform == "linux" and kernels.in_c("passes") is None:
+    if device.type == "cpu" and sys.platform == "linux" and kernels.in_c() is None:
         return "there is no C compiler, or CC names none"
     return ""
 

@@ -1,7 +1,7 @@
 """Functions in C, which this machine's own compiler makes, once, and which are kept in ~/.cache/quartzgpt.
 
-Read it when something is said not to compile. step.c is for sampling (quartz/compiled.py), passes.c and attention.c are
-for training (quartz/kernels.py).
+Read it when something is said not to compile. step.c is for sampling (quartz/compiled.py), training.c with all that it
+includes for training (quartz/kernels.py).
 """
 
 import ctypes
@@ -22,13 +22,13 @@ OPTIONS = ["-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-march=native", "-f
 
 
 def load(name: str, may_compile: bool) -> ctypes.CDLL | None:
-    """quartz/{name}.c for this machine; None where it would have to be compiled first, which takes a second or two, and
+    """quartz/{name}.c for this machine; None where it would have to be compiled first, which takes some seconds, and
     may not, and on systems other than Linux, whose compilers bring no OpenMP. Raises what a compiler, or a folder for
     the result, gives cause for.
     """
     if sys.platform != "linux":
         return None
-    parts = [Path(__file__).with_name(part).read_bytes() for part in (f"{name}.c", "vectors.h")]
+    parts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]"))]
     key = hashlib.sha256(b"\n".join([*parts, _cpu().encode(), *map(str.encode, OPTIONS)])).hexdigest()[:16]
     path = cache_folder() / f"{name}-{key}.so"
     if not is_whole(path):

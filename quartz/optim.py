@@ -11,7 +11,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from model import GPT
-from quartz import ranks
+from quartz import kernels, ranks
 from quartz.errors import UserError
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: singular values go to about 1 in 5 steps, from 0.01 on
@@ -38,6 +38,8 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """Nearly orthogonalises a batch of matrices (n, rows, columns), rows <= columns: U S V' becomes about U V'."""
     a, b, c = QUINTIC
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if kernels.newton_schulz(x, QUINTIC, NEWTON_SCHULZ_STEPS):
+        return x
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from quartz import ranks
+from quartz import kernels, ranks
 
 
 class Signals:
@@ -55,7 +55,7 @@ def end(
     gradient that is not finite is one; a gradient under a float16 scaler is not, since the scaler passes over it.
     """
     scaler.unscale_(optimizer)
-    grad_norm = ranks.whole(torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
+    grad_norm = ranks.whole(kernels.clip_grad_norm(parameters, grad_clip or math.inf))
     told = torch.zeros(2 + processes.world_size, device=loss.device)  # loss, signals, and of each rank: is it bad?
     told[0], told[1], told[2 + processes.rank] = loss, signals.count, ~loss.isfinite()
     mean_loss, stops, *bad, grad_norm = torch.cat((processes.sum(told), grad_norm.reshape(1))).tolist()

@@ -1,4 +1,6 @@
-/* Vectors of numbers, for step.c, passes.c and attention.c: how they are read, added up and written. */
+/* Vectors of numbers, for step.c, passes.c, attention.c and block.c: how they are read, added up and written. */
+
+#pragma once
 
 #include <math.h>
 #include <stdint.h>
@@ -86,6 +88,17 @@ INLINE quad folded(vec v) {
 INLINE float total(vec v) {
     quad four = folded(v);
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+INLINE float largest(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float highest = v[0];
+    for (int lane = 1; lane < WIDTH; lane++)
+        highest = v[lane] > highest ? v[lane] : highest;
+    return highest;
+#endif
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -247,6 +260,58 @@ INLINE ints places(void) {
 }
 
 typedef ints ints_at __attribute__((aligned(2), may_alias));
+typedef bits bits_at __attribute__((aligned(4), may_alias));
+
+/* Exchanges, in each two rows that are `step` apart, what is `step` off the diagonal. */
+INLINE void exchange(ints *rows, const int step) {
+    ints lower, upper;
+    UNROLLED for (int lane = 0; lane < WIDTH; lane++) {
+        lower[lane] = lane & step ? WIDTH + lane - step : lane;
+        upper[lane] = lane & step ? WIDTH + lane : lane + step;
+    }
+    UNROLLED for (int i = 0; i < WIDTH; i++)
+        if (!(i & step)) {
+            const ints a = rows[i], b = rows[i + step];
+#if defined(__clang__)
+            for (int lane = 0; lane < WIDTH; lane++) {
+                rows[i][lane] = lower[lane] < WIDTH ? a[lower[lane]] : b[lower[lane] - WIDTH];
+                rows[i + step][lane] = upper[lane] < WIDTH ? a[upper[lane]] : b[upper[lane] - WIDTH];
+            }
+#else
+            rows[i] = __builtin_shuffle(a, b, lower);
+            rows[i + step] = __builtin_shuffle(a, b, upper);
+#endif
+        }
+}
+
+/* to (columns, rows) = from (rows, columns), of 32 bits; rows a multiple of WIDTH, strides between rows. */
+INLINE void transpose(int64_t rows, int64_t columns, const uint32_t *from, int64_t from_stride, uint32_t *to,
+                      int64_t to_stride) {
+    for (int64_t r = 0; r < rows; r += WIDTH)
+        EACH(c, more, columns) {
+            ints its[WIDTH] = {};
+            UNROLLED for (int i = 0; i < WIDTH; i++)
+                if (more == WIDTH)
+                    memcpy(its + i, from + (r + i) * from_stride + c, sizeof *its);
+                else
+                    memcpy(its + i, from + (r + i) * from_stride + c, more * sizeof *from);
+            exchange(its, 1);
+            exchange(its, 2);
+            if (WIDTH > 4)
+                exchange(its, 4);
+            if (WIDTH > 8)
+                exchange(its, 8);
+            for (int64_t i = 0; i < more; i++)
+                memcpy(to + (c + i) * to_stride + r, its + i, sizeof *its);
+        }
+}
+
+/* Says that a vector is wanted in a register: gcc would read one that is used often from memory each time. */
+#if defined(__AVX512F__)
+#define STAYS(v) __asm__("" : "+v"(v))
+#else
+#define STAYS(v) (void)0
+#endif
 
 /* sum += a.low * b.low + a.high * b.high, for WIDTH pairs of bfloat16, two in 32 bits */
 INLINE vec add_pairs(vec sum, ints a, ints b) {

@@ -135,7 +135,7 @@ def gpu(index: int = 0) -> Iterator[StandIn]:
         stack.enter_context(mock.patch.object(nn.Parameter, "__new__", parameter))
         stack.enter_context(mock.patch.object(clip_grad, "_group_tensors_by_device_and_dtype", by_place))
         # What autograd's engine computes anew seems to lie on the CPU, and would go another way than before
-        stack.enter_context(mock.patch.object(kernels, "in_c", lambda name: None))
+        stack.enter_context(mock.patch.object(kernels, "in_c", lambda: None))
         yield stack.enter_context(StandIn())
 
 

@@ -378,7 +378,7 @@ def test_other_widths_of_vectors_compute_the_same(tmp_path, monkeypatch, machine
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
-@pytest.mark.parametrize("name", ["step", "passes", "attention"])
+@pytest.mark.parametrize("name", ["step", "training"])
 def test_what_is_in_c_compiles_without_a_warning(tmp_path, name):
     source = compiled.__file__.replace("compiled.py", f"{name}.c")
     command = ["cc", *native.OPTIONS, "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "made.so", source]

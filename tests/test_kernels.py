@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT, GPTConfig, rms_norm
-from quartz import kernels
+from quartz import kernels, lora, optim
 from quartz.kernels import AttentionInC, FastDropout, RMSNormInTraining
 
 pytestmark = pytest.mark.alone  # with as many threads as a run has
@@ -34,7 +35,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-needs_c = pytest.mark.skipif(kernels.in_c("attention") is None, reason="no C compiler")
+needs_c = pytest.mark.skipif(kernels.in_c() is None, reason="no C compiler")
 
 
 def attention_and_gradients(q, k, v, grad, dropout=0.0, seed=0) -> list[torch.Tensor]:
@@ -111,12 +112,12 @@ def test_attentions_dropout_has_the_gradients_of_what_it_computes():
     assert all(map(torch.equal, ours, attention_and_gradients(q, k, v, grad, p, 5)))
 
 
-def loss_and_gradients(gpt: GPT, idx: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+def loss_and_gradients(gpt: GPT, idx: torch.Tensor, autocast: bool, only=lambda p: True) -> list[torch.Tensor]:
     gpt.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = gpt(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
     loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in gpt.parameters())]
+    return [loss.detach(), *(p.grad.clone() for p in gpt.parameters() if only(p))]
 
 
 ARCHITECTURES = {
@@ -130,17 +131,130 @@ ARCHITECTURES = {
 def passes(request, monkeypatch):
     """Whether there is a C compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "in_c", lambda name: None)
-    elif kernels.passes() is None:
+        monkeypatch.setattr(kernels, "in_c", lambda: None)
+    elif kernels.in_c() is None:
         pytest.skip("no C compiler")
     return request.param
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Sets whether blocks are computed in C, on processors too where that does not pay."""
+    if kernels.in_c() is None:
+        pytest.skip("no C compiler")
+    return lambda wanted: monkeypatch.setattr(kernels, "block_pays", lambda: wanted)
+
+
+def shaken(config: GPTConfig, by: float = 0.05) -> GPT:
+    """A network of which nothing is zero, or at one, or what it does would not show."""
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(torch.randn_like(p) * by)
+    return gpt
+
+
+def distances(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> list[float]:
+    return [((a - b).norm() / (b.norm() + 1e-6)).item() for a, b in zip(ours, theirs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 64, 4, 64), (3, 37, 4, 64), (1, 1, 2, 96), (5, 65, 6, 192), (1, 300, 1, 16)], ids=str
+)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "gpt2 without biases"])
+def test_a_block_in_c_is_what_model_py_says(arch, shape, threads, blocks):
+    """If this fails after a change of model.py's Block, or of a part of it, change quartz/block.c with it.
+
+    Loss and every gradient are as near to float32's as those of the modules in bfloat16 are, in evaluation too; a
+    block has the same bits by one thread as by three.
+    """
+    B, T, n_head, width = shape
+    settings = ARCHITECTURES.get(arch, {"bias": False})
+    settings = settings | ({"n_kv_head": max(1, n_head // 2)} if arch == "qwen3" else {})
+    plain = shaken(GPTConfig(T, 65, 2, n_head, width, **settings))
+    fast, idx, found = copy.deepcopy(plain), torch.randint(65, (B, T + 1)), []
+    kernels.install(fast)
+    blocks(True)
+    block, x = fast.transformer.h[0], torch.randn(B, T, width, requires_grad=True)
+    rope = fast.embed(idx[:, :-1], torch.arange(T))[1]
+    for count in (1, 3):
+        threads(count)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = block(x, rope)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [x, *block.parameters()])])
+    assert all(map(torch.equal, *found))
+    found = loss_and_gradients(fast, idx, autocast=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert abs(fast.eval()(idx[:, :-1], idx[:, 1:])[1] - found[0]) < 1e-6
+    blocks(False)
+    modules = loss_and_gradients(fast.train(), idx, autocast=True)
+    assert not all(map(torch.equal, modules, found)), "the blocks have to have been computed in C"
+    exact = loss_and_gradients(plain, idx, autocast=False)
+    for name, ours, theirs in zip(
+        ["loss", *dict(plain.named_parameters())], distances(found, exact), distances(modules, exact), strict=True
+    ):
+        assert ours < 2 * theirs + 5e-3, name
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_a_block_in_c_drops_what_its_modules_drop(arch, blocks):
+    """With the same numbers from PyTorch's generator; and the gradients are those of what it computes."""
+    fast, found = shaken(GPTConfig(64, 65, 1, 4, 64, dropout=0.3, **ARCHITECTURES[arch]), 0.1), []
+    kernels.install(fast)
+    x = torch.randn(2, 64, 64).requires_grad_()
+    rope = None if arch == "gpt2" else fast.embed(torch.zeros(2, 64, dtype=torch.int64), torch.arange(64))[1]
+    for wanted in (True, False):
+        blocks(wanted)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = fast.transformer.h[0](x, rope)
+            found.append([y - x, *torch.autograd.grad((y * y).sum(), [x, *fast.transformer.h[0].parameters()])])
+    assert max(distances(found[0], found[2])) < 0.05 and max(distances(found[1], found[3])) < 0.05
+    assert distances(found[0], found[1])[0] > 0.3, "another seed drops others"
+
+
+def test_where_a_part_is_looked_at_or_replaced_blocks_leave_it_in_place(blocks):
+    """Hooks are called, and other layers than C knows compute."""
+    blocks(True)
+    gpt, idx, seen = shaken(GPTConfig(32, 65, 2, 4, 64, bias=False)), torch.randint(65, (2, 33)), []
+    kernels.install(gpt)
+    hook = gpt.transformer.h[0].mlp.register_forward_hook(lambda *its: seen.append(its[2].shape))
+    loss_and_gradients(gpt, idx, autocast=True)
+    assert seen == [(2, 32, 64)]
+    hook.remove()
+    lora.attach(gpt, 2, 4.0)
+    gradients = loss_and_gradients(gpt, idx, autocast=True, only=lambda p: p.requires_grad)
+    assert len(gradients) == 1 + 2 * 4 * 2 and all(g.isfinite().all() for g in gradients)
+
+
+def test_clipping_is_torchs(threads):
+    """The norm, and the gradients after it; also of a few, of one that is no number, and with no limit."""
+    torch.manual_seed(0)
+    shapes = [(3, 5), (128, 512), (1,), (2**14,), (2**14 + 1,), (7, 3, 2)]
+    for limit in (1.0, math.inf, 1e9):
+        ours, theirs = ([nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
+        for a, b in list(zip(ours, theirs, strict=True))[:-1]:  # the last has none
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        threads(3)
+        norm = kernels.clip_grad_norm(iter(ours), limit)
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, limit))
+        for a, b in list(zip(ours, theirs, strict=True))[:-1]:
+            torch.testing.assert_close(a.grad, b.grad)
+        threads(1)
+        assert limit == 1.0 or torch.equal(norm, kernels.clip_grad_norm(ours, limit)), "the same bits"
+    ours[1].grad[5, 7] = math.nan
+    assert kernels.clip_grad_norm(ours, 1.0).isnan()
+    assert kernels.clip_grad_norm([nn.Parameter(torch.zeros(2))], 1.0) == 0
 
 
 @pytest.mark.parametrize("shape", [(64, 4, 4), (60, 6, 2), (40, 1, 1)], ids=str)
 def test_passes_in_c_give_the_gradients_of_what_model_py_says(shape, threads):
     """Norms, SwiGLU and heads in float32, of widths that are no multiple of a vector's, by one thread as by three: the
     same bits."""
-    if kernels.passes() is None:
+    if kernels.in_c() is None:
         pytest.skip("no C compiler")
     width, n_head, n_kv = shape
     for arch in ("qwen3", "llama"):
@@ -173,7 +287,7 @@ def test_passes_in_c_give_the_gradients_of_what_model_py_says(shape, threads):
 
 def test_what_is_no_number_stays_none():
     """NaN and infinities through bfloat16."""
-    if kernels.passes() is None:
+    if kernels.in_c() is None:
         pytest.skip("no C compiler")
     x = torch.tensor([[math.nan, 1.0, math.inf, 2.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.bfloat16)
     found = kernels.SwiGLUInPasses.apply(x)
@@ -278,3 +392,17 @@ def test_what_a_checkpoint_recomputes_draws_the_same_dropout(arch):
         found.append([y.detach(), x.grad, *(p.grad for p in block.parameters())])
     for ours, again in zip(*found, strict=True):
         assert (ours - again).norm() < 0.02 * ours.norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 192, 192), (3, 64, 208), (5, 16, 16)], ids=str)
+def test_newton_schulz_in_c_is_what_optim_py_says(shape, threads, blocks):
+    """As near to float32's steps as PyTorch's in bfloat16; the same bits by one thread as by three."""
+    x, found = torch.randn(shape).bfloat16(), []
+    blocks(True)
+    for count in (1, 3):
+        threads(count)
+        found.append(optim.newton_schulz(x))
+    assert torch.equal(*found)
+    blocks(False)
+    exact = optim.newton_schulz(x.float())
+    assert distances(found[:1], [exact])[0] < 1.5 * distances([optim.newton_schulz(x)], [exact])[0]

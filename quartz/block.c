@@ -1,0 +1,480 @@
+/* A block of the network while it trains on a CPU, in bfloat16, forward and backward, its products included.
+
+Read it when a training step on a CPU is slow. It computes what model.py's Block says; quartz/kernels.py calls it where
+the processor multiplies bfloat16 in vectors. What is multiplied is bfloat16; sums, norms and the residual stream are
+float32. Tokens go in chunks, each of which stays in a core's cache from one product to the next. A weight's gradient is a
+sum over all tokens, one tile of it a thread's: so bits do not depend on the number of threads.
+*/
+
+#include "attention.c"
+#include "passes.c"
+#include "products.h"
+
+enum { C_ATTN, ATTN_PROJ, C_FC, MLP_PROJ, LINEARS };
+enum { CHUNK = 64, STRIP = 4, DEPTH = 256, STRIP_PAIRS = DEPTH + 4, AHEAD = 16 };
+
+struct block {
+    struct heads heads;         /* of bfloat16 */
+    struct attention attention; /* of queries and keys as `heads` leaves them */
+    int64_t width, hidden, is_gated, is_centred;
+    int64_t dropped, seeds[2]; /* of what is added to the residual stream, as `dropout` of passes.c has it */
+    float kept, eps;
+    const float *weights[LINEARS], *biases[LINEARS], *norms[2], *norm_biases[2]; /* biases: or NULL */
+};
+
+struct gradients {
+    float *weights[LINEARS], *biases[LINEARS], *norms[2], *norm_biases[2], *q_norm, *k_norm;
+};
+
+INLINE int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+INLINE int64_t tokens(const struct block *s) { return s->heads.batch * s->heads.length; }
+INLINE int64_t chunks(const struct block *s) { return (tokens(s) + CHUNK - 1) / CHUNK; }
+INLINE int64_t pairs(const struct block *s) { return (tokens(s) + 1) / 2; } /* of tokens */
+INLINE int64_t turned_width(const struct block *s) { return (s->heads.n_head + s->heads.n_kv) * s->heads.head_dim; }
+INLINE int64_t read_width(const struct block *s) { return s->heads.n_head * s->heads.head_dim; }
+
+static int64_t inputs(const struct block *s, int64_t linear) {
+    return linear == ATTN_PROJ ? read_width(s) : linear == MLP_PROJ ? s->hidden : s->width;
+}
+
+static int64_t outputs(const struct block *s, int64_t linear) {
+    const int64_t qkv = read_width(s) + 2 * s->heads.n_kv * s->heads.head_dim;
+    return linear == C_ATTN ? qkv : linear == C_FC ? s->hidden * (1 + s->is_gated) : s->width;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Memory: parts of one tensor of floats, each at a border of 64 bytes */
+
+INLINE void *part_of(float *memory, int64_t *used, int64_t floats) {
+    void *part = memory ? memory + *used : NULL;
+    *used += (floats + 15) / 16 * 16;
+    return part;
+}
+
+/* What the backward pass needs of the forward pass: `read` is what a linear layer read, in panels; of ATTN_PROJ it is y. */
+struct kept {
+    float *mid, *stats[2], *scales, *logs;
+    uint16_t *qkv, *turned, *y, *h;
+    pair *read[LINEARS];
+};
+
+static struct kept kept_in(const struct block *s, float *memory, int64_t *used) {
+    const int64_t n = tokens(s), d = s->heads.head_dim;
+    struct kept k = {0};
+    k.mid = part_of(memory, used, n * s->width);
+    for (int64_t i = 0; i < 2; i++)
+        k.stats[i] = part_of(memory, used, 2 * n); /* means, and what norms multiply by */
+    k.logs = part_of(memory, used, n * s->heads.n_head);
+    k.qkv = part_of(memory, used, n * outputs(s, C_ATTN) / 2);
+    k.turned = k.qkv;
+    if (s->heads.cos) {
+        k.scales = part_of(memory, used, n * turned_width(s) / d);
+        k.turned = part_of(memory, used, n * turned_width(s) / 2);
+    }
+    k.y = part_of(memory, used, n * read_width(s) / 2);
+    k.h = part_of(memory, used, n * outputs(s, C_FC) / 2);
+    for (int64_t i = 0; i < LINEARS; i++)
+        if (i != ATTN_PROJ)
+            k.read[i] = part_of(memory, used, pairs(s) * inputs(s, i));
+    return k;
+}
+
+/* What a pass works in: weights in panels, and each thread's own. The rest is the backward pass's: what linear layers
+   gave, or rather its gradient, in strips; sums over chunks. */
+struct work {
+    pair *weights[LINEARS], *read;
+    uint16_t *gave[LINEARS], *grad_y;
+    float *attention, *own, *bias_sums[LINEARS], *norm_sums[2], *head_sums;
+    int64_t each; /* floats a thread */
+};
+
+static int64_t widest(const struct block *s) {
+    int64_t wide = 0;
+    for (int64_t i = 0; i < LINEARS; i++)
+        wide = most(wide, most(inputs(s, i), outputs(s, i)));
+    return wide;
+}
+
+static struct work work_in(const struct block *s, float *memory, int64_t *used, int64_t is_backward) {
+    struct work w = {.each = most(CHUNK * 2 * widest(s), PANEL * STRIP_PAIRS)};
+    for (int64_t i = 0; i < LINEARS; i++)
+        w.weights[i] = part_of(memory, used, inputs(s, i) * outputs(s, i) / 2);
+    w.own = part_of(memory, used, s->heads.threads * w.each);
+    w.attention = part_of(memory, used, s->heads.threads * scratch(&s->attention));
+    if (is_backward) {
+        for (int64_t i = 0; i < LINEARS; i++) {
+            w.gave[i] = part_of(memory, used, tokens(s) * outputs(s, i) / 2);
+            w.bias_sums[i] = part_of(memory, used, s->biases[i] ? chunks(s) * outputs(s, i) : 0);
+        }
+        for (int64_t i = 0; i < 2; i++)
+            w.norm_sums[i] = part_of(memory, used, chunks(s) * 2 * s->width);
+        w.read = part_of(memory, used, pairs(s) * read_width(s));
+        w.head_sums = part_of(memory, used, chunks(s) * 2 * s->heads.head_dim);
+        w.grad_y = part_of(memory, used, tokens(s) * read_width(s) / 2);
+    }
+    return w;
+}
+
+/* Whether that is faster than to leave products to a library: with vectors of bfloat16, and no tiles (AMX). */
+int64_t block_pays(void) {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* Floats that block_forward keeps, that it works in, and that block_backward works in. */
+void block_sizes(const struct block *s, int64_t *sizes) {
+    int64_t floats[3] = {0};
+    kept_in(s, NULL, floats);
+    work_in(s, NULL, floats + 1, 0);
+    work_in(s, NULL, floats + 2, 1);
+    memcpy(sizes, floats, sizeof floats);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Products */
+
+#ifdef _OPENMP
+#define EACH_PART _Pragma("omp parallel for schedule(dynamic) num_threads(s->heads.threads)")
+#else
+#define EACH_PART
+#endif
+
+/* Columns from `column` on of rows (tokens, width), from token `first` on, into strips of STRIP columns, each `n` pairs,
+   which lie a bit apart, or caches would mistake one for the other; what comes next is asked for in time. */
+static void into_strips(const uint16_t *rows, int64_t tokens, int64_t width, int64_t first, int64_t n, int64_t column,
+                        int64_t columns, pair *to) {
+    for (int64_t k = 0; k < n; k++)
+        for (int64_t j = 0; j < columns; j += WIDTH) {
+            const int64_t t = first + 2 * k;
+            __builtin_prefetch(rows + (t + AHEAD) * width + column + j);
+            __builtin_prefetch(rows + (t + AHEAD + 1) * width + column + j);
+            const ints its = pair_of_rows(rows + t * width + column + j, width, t + 1 == tokens);
+            UNROLLED for (int64_t i = 0; i < WIDTH; i += STRIP)
+                memcpy(to + (j + i) * STRIP_PAIRS + k * STRIP, (const pair *)&its + i, STRIP * sizeof(pair));
+        }
+}
+
+/* Rows first to last of c (…, columns) = gave' read, of n pairs of tokens: gave (tokens, width), `read` in panels */
+static void multiply_tokens(int64_t first, int64_t last, int64_t columns, int64_t tokens, int64_t width,
+                            const uint16_t *gave, const pair *read, float *c, pair *strips) {
+    const int64_t n = (tokens + 1) / 2;
+    for (int64_t k = 0; k < n; k += DEPTH) {
+        const int64_t depth = least(DEPTH, n - k);
+        into_strips(gave, tokens, width, 2 * k, depth, first, last - first, strips);
+        for (int64_t j = 0, wide; j < columns; j += PANEL) {
+            const pair *panel = read + panel_at(j, columns, n, &wide) + k * wide;
+            for (int64_t r = first; r < last; r += STRIP) {
+                const pair *strip = strips + (r - first) * STRIP_PAIRS;
+                if (k)
+                    tiles(STRIP, wide, depth, strip, 1, STRIP, panel, c + r * columns + j, columns, 1);
+                else
+                    tiles(STRIP, wide, depth, strip, 1, STRIP, panel, c + r * columns + j, columns, 0);
+            }
+        }
+    }
+}
+
+/* A weight (out, in) in panels of `out` columns and pairs of `in`, for x @ weight.T. */
+static void weight_forward(const float *weight, int64_t in, int64_t out, int64_t column, pair *to) {
+    int64_t wide;
+    pair *panel = to + panel_at(column, out, in / 2, &wide);
+    for (int64_t o = 0; o < wide; o += WIDTH)
+        for (int64_t i = 0, more; i < in; i += more) {
+            pair rows[WIDTH][WIDTH];
+            more = least(2 * WIDTH, in - i);
+            for (int64_t r = 0; r < WIDTH; r++)
+                for (int64_t c = 0; c < more; c += WIDTH)
+                    give(BFLOAT16, rows[r], c, load(FLOAT32, weight, (column + o + r) * in + i + c), WIDTH);
+            transpose(WIDTH, more / 2, rows[0], WIDTH, panel + i / 2 * wide + o, wide);
+        }
+}
+
+/* The same in panels of `in` columns and pairs of `out`, for grad @ weight. */
+static void weight_backward(const float *weight, int64_t in, int64_t out, int64_t column, pair *to) {
+    int64_t wide;
+    pair *panel = to + panel_at(column, in, out / 2, &wide);
+    for (int64_t o = 0; o < out; o += 2, panel += wide)
+        for (int64_t i = 0; i < wide; i += WIDTH) {
+            const float *its = weight + o * in + column + i;
+            *(ints_at *)(panel + i) = paired_halves(rounded(load(FLOAT32, its, 0)), rounded(load(FLOAT32, its, in)));
+        }
+}
+
+/* What is done for each 64 columns of every linear layer, in one loop: where those of a layer begin, and all end. */
+struct parts {
+    int64_t begin[LINEARS + 1];
+};
+
+static struct parts parts_of(const struct block *s, int64_t (*columns)(const struct block *, int64_t)) {
+    struct parts parts = {{0}};
+    for (int64_t i = 0; i < LINEARS; i++)
+        parts.begin[i + 1] = parts.begin[i] + (columns(s, i) + PANEL - 1) / PANEL;
+    return parts;
+}
+
+INLINE int64_t linear_of(const struct parts *parts, int64_t part) {
+    int64_t i = 0;
+    while (part >= parts->begin[i + 1])
+        i++;
+    return i;
+}
+
+static void lay_out_weights(const struct block *s, const struct work *w, int64_t is_backward) {
+    const struct parts parts = parts_of(s, is_backward ? inputs : outputs);
+    EACH_PART for (int64_t part = 0; part < parts.begin[LINEARS]; part++) {
+        const int64_t i = linear_of(&parts, part), column = (part - parts.begin[i]) * PANEL;
+        (is_backward ? weight_backward : weight_forward)(s->weights[i], inputs(s, i), outputs(s, i), column, w->weights[i]);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Between the products, for rows of a chunk */
+
+#define EACH_VECTOR(i, n) for (int64_t i = 0; i < (n); i += WIDTH)
+
+/* y = (x - mean) * scale * weight + bias; RMS norms know no mean. stats: mean and scale of each row. */
+static void norm_rows(const struct block *s, int64_t which, int64_t count, const float *x, float *stats, uint16_t *y) {
+    const float *weight = s->norms[which], *bias = s->norm_biases[which];
+    const int64_t width = s->width;
+    for (int64_t r = 0; r < count; r++, x += width, y += width) {
+        vec sum = {}, squares = {};
+        if (s->is_centred)
+            EACH_VECTOR(i, width) sum += load(FLOAT32, x, i);
+        const float mean = total(sum) / width;
+        EACH_VECTOR(i, width) {
+            vec its = load(FLOAT32, x, i) - mean;
+            squares += its * its;
+        }
+        const float scale = 1 / sqrtf(total(squares) / width + s->eps);
+        stats[2 * r] = mean, stats[2 * r + 1] = scale;
+        EACH_VECTOR(i, width) {
+            vec its = (load(FLOAT32, x, i) - mean) * scale * load(FLOAT32, weight, i);
+            give(BFLOAT16, y, i, bias ? its + load(FLOAT32, bias, i) : its, WIDTH);
+        }
+    }
+}
+
+/* to = beside + x's gradient, with that of y; sums (2, width): the gradients of weight and bias. */
+static void norm_rows_backward(const struct block *s, int64_t which, int64_t count, const float *x, const float *stats,
+                               const float *grad, const float *beside, float *to, float *sums) {
+    const int64_t width = s->width;
+    const float *weight = s->norms[which];
+    memset(sums, 0, 2 * width * sizeof *sums);
+    for (int64_t r = 0; r < count; r++, x += width, grad += width, beside += width, to += width) {
+        const float mean = stats[2 * r], scale = stats[2 * r + 1];
+        vec along = {}, all = {};
+        EACH_VECTOR(i, width) {
+            vec unit = (load(FLOAT32, x, i) - mean) * scale, its = load(FLOAT32, grad, i);
+            put(sums + i, load(FLOAT32, sums, i) + its * unit, WIDTH);
+            if (s->norm_biases[which])
+                put(sums + width + i, load(FLOAT32, sums, width + i) + its, WIDTH);
+            its *= load(FLOAT32, weight, i);
+            along += its * unit;
+            all += its;
+        }
+        const float by_unit = total(along) / width, by_mean = s->is_centred ? total(all) / width : 0;
+        EACH_VECTOR(i, width) {
+            vec unit = (load(FLOAT32, x, i) - mean) * scale, its = load(FLOAT32, grad, i) * load(FLOAT32, weight, i);
+            put(to + i, load(FLOAT32, beside, i) + (its - unit * by_unit - by_mean) * scale, WIDTH);
+        }
+    }
+}
+
+/* Numbers from number `at` on of what is added to the residual stream, behind dropout. */
+INLINE vec behind_dropout(const struct block *s, uint32_t seed, int64_t at, vec its) {
+    return s->dropped ? its * kept((uint32_t)at, 1, seed, s->dropped, s->kept) : its;
+}
+
+/* to = x + dropout(sums + bias), for rows from `first` on */
+static void add_rows(const struct block *s, int64_t which, int64_t first, int64_t count, const float *sums,
+                     const float *bias, const float *x, float *to) {
+    const int64_t width = s->width;
+    const uint32_t seed = seed_from(s->seeds[which], 0);
+    for (int64_t r = 0; r < count; r++)
+        EACH_VECTOR(i, width) {
+            const int64_t at = (first + r) * width + i;
+            vec its = load(FLOAT32, sums, r * width + i);
+            if (bias)
+                its += load(FLOAT32, bias, i);
+            put(to + at, load(FLOAT32, x, at) + behind_dropout(s, seed, at, its), WIDTH);
+        }
+}
+
+/* The gradient of what was added: rows of grad from `first` on, behind dropout. */
+static void added_rows(const struct block *s, int64_t which, int64_t first, int64_t count, const float *grad, uint16_t *to) {
+    const uint32_t seed = seed_from(s->seeds[which], 0);
+    EACH_VECTOR(i, count * s->width) {
+        const int64_t at = first * s->width + i;
+        give(BFLOAT16, to, i, behind_dropout(s, seed, at, load(FLOAT32, grad, at)), WIDTH);
+    }
+}
+
+static void round_rows(int64_t count, int64_t width, const float *sums, const float *bias, uint16_t *to) {
+    for (int64_t r = 0; r < count; r++, sums += width, to += width)
+        EACH_VECTOR(i, width) {
+            vec its = load(FLOAT32, sums, i);
+            give(BFLOAT16, to, i, bias ? its + load(FLOAT32, bias, i) : its, WIDTH);
+        }
+}
+
+static void activate_rows(const struct block *s, int64_t count, const uint16_t *h, uint16_t *to) {
+    const int64_t hidden = s->hidden;
+    if (!s->is_gated)
+        EACH_VECTOR(i, count * hidden) give(BFLOAT16, to, i, gelu(load(BFLOAT16, h, i)), WIDTH);
+    else
+        for (int64_t r = 0; r < count; r++, h += 2 * hidden, to += hidden)
+            EACH_VECTOR(i, hidden)
+                give(BFLOAT16, to, i, swiglu(load(BFLOAT16, h, i), load(BFLOAT16, h, hidden + i)), WIDTH);
+}
+
+/* to: the gradient of h, with that of what activate_rows gave */
+static void activate_rows_backward(const struct block *s, int64_t count, const uint16_t *h, const float *grad,
+                                   uint16_t *to) {
+    const int64_t hidden = s->hidden;
+    if (!s->is_gated)
+        EACH_VECTOR(i, count * hidden)
+            give(BFLOAT16, to, i, load(FLOAT32, grad, i) * gelu_slope(load(BFLOAT16, h, i)), WIDTH);
+    else
+        for (int64_t r = 0; r < count; r++, h += 2 * hidden, to += 2 * hidden, grad += hidden)
+            EACH_VECTOR(i, hidden) {
+                vec g = load(FLOAT32, grad, i), gate = load(BFLOAT16, h, i), up = load(BFLOAT16, h, hidden + i);
+                give(BFLOAT16, to, i, g * swiglu_slope(gate, up), WIDTH);
+                give(BFLOAT16, to, hidden + i, g * silu(gate), WIDTH);
+            }
+}
+
+/* The gradient of a linear layer's bias, from that of what it gave: of rows from `first` on */
+static void sum_bias(const struct block *s, const struct work *w, int64_t linear, int64_t first, int64_t count) {
+    const int64_t width = outputs(s, linear);
+    const uint16_t *rows = w->gave[linear] + first * width;
+    if (!s->biases[linear])
+        return;
+    float *sums = w->bias_sums[linear] + first / CHUNK * width;
+    memset(sums, 0, width * sizeof *sums);
+    for (int64_t r = 0; r < count; r++)
+        EACH_VECTOR(i, width) put(sums + i, load(FLOAT32, sums, i) + load(BFLOAT16, rows, r * width + i), WIDTH);
+}
+
+/* to = the sum of `count` rows, each of which lies `stride` behind the one before */
+static void sum_rows(int64_t count, int64_t stride, int64_t width, const float *rows, float *to) {
+    memset(to, 0, width * sizeof *to);
+    for (int64_t r = 0; r < count; r++)
+        EACH_VECTOR(i, width) put(to + i, load(FLOAT32, to, i) + load(FLOAT32, rows, r * stride + i), WIDTH);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+#define EACH_CHUNK                                                                                                     \
+    EACH_PART for (int64_t chunk = 0; chunk < chunks(s); chunk++)
+#define OF_CHUNK                                                                                                       \
+    const int64_t first = chunk * CHUNK, count = least(CHUNK, tokens(s) - first);                                      \
+    float *sums = w.own + omp_get_thread_num() * w.each;
+
+/* Behind `sums`, as many halves twice. */
+INLINE uint16_t *halves(const struct block *s, float *sums, int64_t nth) {
+    return (uint16_t *)(sums + CHUNK * widest(s)) + nth * CHUNK * widest(s);
+}
+
+/* x, to (batch, T, width); kept, work: of block_sizes */
+void block_forward(const struct block *s, const float *x, float *to, float *kept_memory, float *work_memory) {
+    const int64_t width = s->width, qkv = outputs(s, C_ATTN), read = read_width(s), d = s->heads.head_dim;
+    const int64_t h = outputs(s, C_FC), turned_heads = s->heads.n_head + s->heads.n_kv;
+    const struct kept k = kept_in(s, kept_memory, &(int64_t){0});
+    const struct work w = work_in(s, work_memory, &(int64_t){0}, 0);
+    lay_out_weights(s, &w, 0);
+    EACH_CHUNK {
+        OF_CHUNK
+        uint16_t *rows = halves(s, sums, 0);
+        norm_rows(s, 0, count, x + first * width, k.stats[0] + 2 * first, rows);
+        into_panels(rows, count, width, first, pairs(s), k.read[C_ATTN]);
+        multiply(count, qkv, width / 2, rows, w.weights[C_ATTN], sums);
+        round_rows(count, qkv, sums, s->biases[C_ATTN], k.qkv + first * qkv);
+        if (s->heads.cos)
+            for (int64_t row = first; row < first + count; row++)
+                for (int64_t head = 0; head < turned_heads; head++)
+                    turn_head(&s->heads, head, row % s->heads.length, k.qkv + row * qkv + head * d,
+                              k.turned + (row * turned_heads + head) * d, k.scales + row * turned_heads + head);
+    }
+    attention_forward(&s->attention, k.turned, k.turned + read, k.qkv + turned_width(s), k.y, k.logs, w.attention);
+    EACH_CHUNK {
+        OF_CHUNK
+        uint16_t *rows = halves(s, sums, 0), *active = halves(s, sums, 1);
+        multiply(count, width, read / 2, k.y + first * read, w.weights[ATTN_PROJ], sums);
+        add_rows(s, 0, first, count, sums, s->biases[ATTN_PROJ], x, k.mid);
+        norm_rows(s, 1, count, k.mid + first * width, k.stats[1] + 2 * first, rows);
+        into_panels(rows, count, width, first, pairs(s), k.read[C_FC]);
+        multiply(count, h, width / 2, rows, w.weights[C_FC], sums);
+        round_rows(count, h, sums, s->biases[C_FC], k.h + first * h);
+        activate_rows(s, count, k.h + first * h, active);
+        into_panels(active, count, s->hidden, first, pairs(s), k.read[MLP_PROJ]);
+        multiply(count, width, s->hidden / 2, active, w.weights[MLP_PROJ], sums);
+        add_rows(s, 1, first, count, sums, s->biases[MLP_PROJ], k.mid, to);
+    }
+}
+
+/* With x, what block_forward kept, and the gradient of what it gave: that of x, and of weights. */
+void block_backward(const struct block *s, const float *x, float *kept_memory, const float *grad, float *grad_x,
+                    const struct gradients *to, float *work_memory) {
+    const int64_t width = s->width, qkv = outputs(s, C_ATTN), read = read_width(s), d = s->heads.head_dim;
+    const int64_t h = outputs(s, C_FC), turned_heads = s->heads.n_head + s->heads.n_kv;
+    struct kept k = kept_in(s, kept_memory, &(int64_t){0});
+    const struct work w = work_in(s, work_memory, &(int64_t){0}, 1);
+    k.read[ATTN_PROJ] = w.read;
+    lay_out_weights(s, &w, 1);
+    EACH_CHUNK {
+        OF_CHUNK
+        uint16_t *added = w.gave[MLP_PROJ] + first * width, *slopes = w.gave[C_FC] + first * h;
+        added_rows(s, 1, first, count, grad, added);
+        multiply(count, s->hidden, width / 2, added, w.weights[MLP_PROJ], sums);
+        activate_rows_backward(s, count, k.h + first * h, sums, slopes);
+        multiply(count, width, h / 2, slopes, w.weights[C_FC], sums);
+        norm_rows_backward(s, 1, count, k.mid + first * width, k.stats[1] + 2 * first, sums, grad + first * width,
+                           grad_x + first * width, w.norm_sums[1] + chunk * 2 * width);
+        added = w.gave[ATTN_PROJ] + first * width;
+        added_rows(s, 0, first, count, grad_x, added);
+        multiply(count, read, width / 2, added, w.weights[ATTN_PROJ], sums);
+        round_rows(count, read, sums, NULL, w.grad_y + first * read);
+        into_panels(k.y + first * read, count, read, first, pairs(s), w.read);
+    }
+    uint16_t *grad_qkv = w.gave[C_ATTN];
+    attention_backward(&s->attention, k.turned, k.turned + read, k.qkv + turned_width(s), k.y, k.logs, w.grad_y,
+                       grad_qkv, grad_qkv + read, grad_qkv + turned_width(s), w.attention);
+    EACH_CHUNK {
+        OF_CHUNK
+        float *head_sums = w.head_sums + chunk * 2 * d;
+        memset(head_sums, 0, 2 * d * sizeof *head_sums);
+        if (s->heads.cos)
+            for (int64_t row = first; row < first + count; row++)
+                for (int64_t head = 0; head < turned_heads; head++) {
+                    uint16_t *its = grad_qkv + row * qkv + head * d;
+                    turn_head_backward(&s->heads, head, row % s->heads.length, k.qkv + row * qkv + head * d,
+                                       k.scales[row * turned_heads + head], its, its, head_sums);
+                }
+        multiply(count, width, qkv / 2, grad_qkv + first * qkv, w.weights[C_ATTN], sums);
+        norm_rows_backward(s, 0, count, x + first * width, k.stats[0] + 2 * first, sums, grad_x + first * width,
+                           grad_x + first * width, w.norm_sums[0] + chunk * 2 * width);
+        for (int64_t i = 0; i < LINEARS; i++)
+            sum_bias(s, &w, i, first, count);
+    }
+    const struct parts parts = parts_of(s, outputs);
+    EACH_PART for (int64_t part = 0; part < parts.begin[LINEARS]; part++) {
+        const int64_t i = linear_of(&parts, part), first_row = (part - parts.begin[i]) * PANEL;
+        multiply_tokens(first_row, least(first_row + PANEL, outputs(s, i)), inputs(s, i), tokens(s), outputs(s, i),
+                        w.gave[i], k.read[i], to->weights[i], (pair *)(w.own + omp_get_thread_num() * w.each));
+    }
+    for (int64_t i = 0; i < LINEARS; i++)
+        if (to->biases[i])
+            sum_rows(chunks(s), outputs(s, i), outputs(s, i), w.bias_sums[i], to->biases[i]);
+    for (int64_t i = 0; i < 2; i++) {
+        sum_rows(chunks(s), 2 * width, width, w.norm_sums[i], to->norms[i]);
+        if (to->norm_biases[i])
+            sum_rows(chunks(s), 2 * width, width, w.norm_sums[i] + width, to->norm_biases[i]);
+    }
+    if (to->q_norm) {
+        sum_rows(chunks(s), 2 * d, d, w.head_sums, to->q_norm);
+        sum_rows(chunks(s), 2 * d, d, w.head_sums + d, to->k_norm);
+    }
+}

@@ -1,0 +1,86 @@
+/* Products of bfloat16 with sums in float32, for attention.c, block.c and muon.c.
+
+Their right side lies in pairs: two numbers that follow each other in a sum are side by side, in 32 bits. Of n pairs a sum
+is made. A matrix lies in panels of up to PANEL columns, each (n, columns) pairs.
+*/
+
+#pragma once
+#include "vectors.h"
+
+enum { PANEL = 4 * WIDTH };
+
+typedef uint32_t pair __attribute__((may_alias));
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* c (rows, WIDTH * wide) = or += a b, for n pairs: a's steps from a row and a pair to the next, b's from a pair. */
+INLINE void tile(const int rows, const int wide, int64_t n, const pair *a, int64_t a_row, int64_t a_next,
+                 const pair *b, int64_t b_stride, float *c, int64_t c_stride, const int adds) {
+    vec sum[8][4];
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int w = 0; w < wide; w++)
+            sum[r][w] = adds ? load(FLOAT32, c, r * c_stride + w * WIDTH) : (vec){};
+    for (int64_t i = 0; i < n; i++) {
+        ints its[4];
+        UNROLLED for (int w = 0; w < wide; w++) {
+            ints one = *(const ints_at *)(b + i * b_stride + w * WIDTH);
+            STAYS(one);
+            its[w] = one;
+        }
+        UNROLLED for (int r = 0; r < rows; r++) {
+            ints factor = (ints){} + (int32_t)a[r * a_row + i * a_next];
+            UNROLLED for (int w = 0; w < wide; w++)
+                sum[r][w] = add_pairs(sum[r][w], factor, its[w]);
+        }
+    }
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int w = 0; w < wide; w++)
+            put(c + r * c_stride + w * WIDTH, sum[r][w], WIDTH);
+}
+
+INLINE ints paired_halves(halves_at low, halves_at high) {
+    return __builtin_convertvector(low, ints) | __builtin_convertvector(high, ints) << 16;
+}
+
+/* Where column `column`, the first of a panel, begins, and how many columns that panel has. */
+INLINE int64_t panel_at(int64_t column, int64_t columns, int64_t n, int64_t *wide) {
+    *wide = least(PANEL, columns - column);
+    return column * n;
+}
+
+INLINE void tiles(const int rows, int64_t wide, int64_t n, const pair *a, int64_t a_row, int64_t a_next, const pair *b,
+                  float *c, int64_t c_stride, const int adds) {
+    switch (wide / WIDTH) {
+    case 4: tile(rows, 4, n, a, a_row, a_next, b, 4 * WIDTH, c, c_stride, adds); break;
+    case 3: tile(rows, 3, n, a, a_row, a_next, b, 3 * WIDTH, c, c_stride, adds); break;
+    case 2: tile(rows, 2, n, a, a_row, a_next, b, 2 * WIDTH, c, c_stride, adds); break;
+    case 1: tile(rows, 1, n, a, a_row, a_next, b, WIDTH, c, c_stride, adds); break;
+    }
+}
+
+/* c (rows, columns) = a (rows, 2 n) b, which lies in panels */
+static void multiply(int64_t rows, int64_t columns, int64_t n, const uint16_t *a, const pair *b, float *c) {
+    const pair *left = (const pair *)a;
+    for (int64_t j = 0, wide; j < columns; j += PANEL) {
+        const pair *panel = b + panel_at(j, columns, n, &wide);
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4)
+            tiles(4, wide, n, left + r * n, n, 1, panel, c + r * columns + j, columns, 0);
+        for (; r < rows; r++)
+            tiles(1, wide, n, left + r * n, n, 1, panel, c + r * columns + j, columns, 0);
+    }
+}
+
+INLINE ints pair_of_rows(const uint16_t *rows, int64_t columns, int64_t is_alone) {
+    return paired_halves(*(const halves_at *)rows, is_alone ? (halves_at){} : *(const halves_at *)(rows + columns));
+}
+
+/* Rows (count, columns), which are tokens from the even number `first` on, into panels of n pairs. */
+static void into_panels(const uint16_t *rows, int64_t count, int64_t columns, int64_t first, int64_t n, pair *to) {
+    for (int64_t j = 0, wide; j < columns; j += PANEL) {
+        pair *panel = to + panel_at(j, columns, n, &wide) + first / 2 * wide;
+        for (int64_t t = 0; t < count; t += 2, panel += wide)
+            for (int64_t i = 0; i < wide; i += WIDTH)
+                *(ints_at *)(panel + i) = pair_of_rows(rows + t * columns + j + i, columns, t + 1 == count);
+    }
+}
