@@ -1,8 +1,8 @@
 """Faster ways on CPUs to compute what model.py says plainly, installed into a model from outside by `install`.
 
 Read it when a training step on a CPU is too slow, or after a change of model.py's Block or of its parts: what is here
-stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. Under torch.compile
-and on other devices a module computes what model.py says, but for the norm's own backward pass there.
+stands in for them while a model trains, and tests/test_kernels.py says where the two no longer agree. Under
+torch.compile and on other devices a module computes what model.py says, but for the norm's own backward pass there.
 
 Where there is a C compiler, there are two ways. In bfloat16, on processors that multiply it in vectors (AVX512-BF16), a
 block as a whole is quartz/block.c's, in training and evaluation, and Muon's steps are quartz/muon.c's. Where a library
@@ -419,31 +419,43 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class FastBlock(Block):
     def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
         wanted = x.device.type == "cpu" and x.dtype == torch.float32 and wanted_dtype(x) == torch.bfloat16
-        if not (wanted and cache is None and block_pays()) or torch.compiler.is_compiling():
+        same_places = cache is None and (rope is None or rope[0].dim() == 3)  # in each row
+        tensors = None
+        if wanted and same_places and block_pays() and not torch.compiler.is_compiling():
+            tensors = self.for_c()
+        if tensors is None:
             return super().forward(x, rope, cache)
-        attn, mlp, norms = self.attn, self.mlp, (self.ln_1, self.ln_2)
-        linears, head_norms = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj), (attn.q_norm, attn.k_norm)
-        parts = (attn, mlp, *norms, *linears, attn.resid_dropout, mlp.dropout, *filter(None, head_norms))
-        plain = all(type(linear) is nn.Linear for linear in linears)
-        if not plain or any(getattr(part, hooks) for part in parts for hooks in HOOKS):
-            return super().forward(x, rope, cache)  # another layer than C knows, or somebody looks at a part
-        tensors = [layer.weight for layer in linears] + [layer.bias for layer in linears]
-        tensors += [norm.weight for norm in norms] + [getattr(norm, "bias", None) for norm in norms]
-        tensors += [norm and norm.weight for norm in head_norms]
-        wide = (attn.head_dim, x.size(-1), mlp.c_proj.in_features)
-        simple = all(t is None or (type(t) in (torch.Tensor, nn.Parameter) and t.dtype == x.dtype) for t in tensors)
-        if not simple or any(n % 16 for n in wide) or wide[0] > 1024:
-            return super().forward(x, rope, cache)
-        (B, T, C), is_centred = x.shape, not isinstance(norms[0], RMSNorm)
-        p, p_attention = (mlp.dropout.p, attn.dropout) if self.training else (0.0, 0.0)
-        heads = B, T, attn.n_head, attn.n_kv, attn.head_dim, C, mlp.c_proj.in_features, mlp.is_gated, is_centred
-        eps, head_eps = 1e-5 if is_centred else norms[0].eps, head_norms[0].eps if head_norms[0] else 0.0
-        threads = torch.get_num_threads()
-        struct = struct_of(threads, *heads, rope is not None, p_attention, p, eps, head_eps)
-        struct = BlockStruct.from_buffer_copy(struct)
+        attn, mlp, is_centred = self.attn, self.mlp, not isinstance(self.ln_1, RMSNorm)
+        p_attention, p = (attn.dropout, mlp.dropout.p) if self.training else (0.0, 0.0)
+        heads = (attn.n_head, attn.n_kv, attn.head_dim, x.size(-1), mlp.c_proj.in_features, mlp.is_gated)
+        eps = 1e-5 if is_centred else self.ln_1.eps, attn.q_norm.eps if attn.q_norm else 0.0
+        template = struct_of(
+            torch.get_num_threads(), *x.shape[:2], *heads, is_centred, rope is not None, p_attention, p, *eps
+        )
+        struct = BlockStruct.from_buffer_copy(template)
         struct.attention.seed = new_seed() if p_attention else 0  # drawn in the order of model.py's modules
         struct.seeds[:] = [new_seed() if p else 0 for _ in range(2)]
         return BlockInC.apply(x, struct, *tensors, *([table.squeeze(-2) for table in rope] if rope else (None, None)))
+
+    def for_c(self) -> list[torch.Tensor | None] | None:
+        """The weights, as BlockStruct.point_to wants them. None where a part is another than C knows, or of a size that
+        it does not, and where somebody looks at one.
+        """
+        attn, mlp, norms = self.attn, self.mlp, (self.ln_1, self.ln_2)
+        linears, head_norms = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj), (attn.q_norm, attn.k_norm)
+        parts = (attn, mlp, *norms, *linears, attn.resid_dropout, mlp.dropout, *filter(None, head_norms))
+        if not all(type(linear) is nn.Linear for linear in linears):
+            return None
+        if any(getattr(part, hooks) for part in parts for hooks in HOOKS):
+            return None
+        if attn.head_dim > 1024 or any(n % 16 for n in (attn.head_dim, linears[0].in_features, linears[3].in_features)):
+            return None
+        tensors = [linear.weight for linear in linears] + [linear.bias for linear in linears]
+        tensors += [norm.weight for norm in norms] + [getattr(norm, "bias", None) for norm in norms]
+        tensors += [norm and norm.weight for norm in head_norms]
+        plain = (torch.Tensor, nn.Parameter)
+        is_plain = all(t is None or (type(t) in plain and t.dtype == torch.float32) for t in tensors)
+        return tensors if is_plain else None
 
 
 FASTER = {
