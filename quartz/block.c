@@ -79,8 +79,8 @@ static struct kept kept_in(const struct block *s, float *memory, int64_t *used) 
     return k;
 }
 
-/* What a pass works in: weights in panels, and each thread's own. The rest is the backward pass's: what linear layers
-   gave, or rather its gradient, in strips; sums over chunks. */
+/* What a pass works in: weights in panels, and each thread's own. The rest is the backward pass's: the gradients of what
+   linear layers gave, and sums over chunks. */
 struct work {
     pair *weights[LINEARS], *read;
     uint16_t *gave[LINEARS], *grad_y;
