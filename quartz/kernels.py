@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-from model import MLP, Block, CausalSelfAttention, RMSNorm, rotate
+from model import MLP, Block, CausalSelfAttention, LayerNorm, RMSNorm, rotate
 from quartz import native
 from quartz.native import KINDS, at
 
@@ -46,6 +47,7 @@ class RMSNormInTraining(torch.autograd.Function):
         return unit * weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         unit, scale, weight = ctx.saved_tensors
         along = grad * unit
@@ -67,6 +69,11 @@ def in_passes(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in KINDS and in_c() is not None
 
 
+def floats(*shape: int) -> torch.Tensor:
+    """Memory for C, whatever dtype and device new tensors have by default."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def sizes(*numbers: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(number) for number in (torch.get_num_threads(), *numbers)]
 
@@ -77,16 +84,17 @@ class NormInPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype):
         x, weight = x.contiguous(), weight.contiguous()
-        y, scale = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
+        y, scale = torch.empty(x.shape, dtype=dtype), floats(*x.shape[:-1])
         numbers = sizes(KINDS[dtype], scale.numel(), x.size(-1))
         in_c().norm_forward(*numbers, ctypes.c_float(eps), *at(x, weight, scale, y))
         ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         x, weight, scale = ctx.saved_tensors
-        grad, grad_x, parts = grad.contiguous(), torch.empty_like(x), torch.zeros(BLOCKS, x.size(-1))
+        grad, grad_x, parts = grad.contiguous(), torch.empty_like(x), floats(BLOCKS, x.size(-1)).zero_()
         numbers = sizes(KINDS[grad.dtype], scale.numel(), x.size(-1))
         in_c().norm_backward(*numbers, *at(x, weight, scale, grad, grad_x, parts))
         return grad_x, parts.sum(0), None, None
@@ -101,7 +109,8 @@ class FastRMSNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not trains(self):
             return super().forward(x)
-        if in_passes(x) and wanted_dtype(x) in KINDS:
+        fits = self.weight.shape == x.shape[-1:] and self.weight.device == x.device
+        if fits and in_passes(x) and wanted_dtype(x) in KINDS:
             return NormInPasses.apply(x.float(), self.weight.float(), self.eps, wanted_dtype(x))
         return RMSNormInTraining.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
 
@@ -118,6 +127,7 @@ class SwiGLUInPasses(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         (x,) = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
@@ -138,6 +148,7 @@ class GELUInPasses(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         (x,) = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
@@ -171,6 +182,7 @@ class DropoutInPasses(torch.autograd.Function):
         return DropoutInPasses.masked(x, *ctx.drawn)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         return DropoutInPasses.masked(grad, *ctx.drawn), None, None
 
@@ -202,7 +214,7 @@ class Attention(ctypes.Structure):
     def call(self, name: str, *tensors: torch.Tensor) -> None:
         library = in_c()
         library.scratch.restype = ctypes.c_int64
-        work = torch.empty(self.threads, library.scratch(ctypes.byref(self)))
+        work = floats(self.threads, library.scratch(ctypes.byref(self)))
         getattr(library, name)(ctypes.byref(self), *at(*tensors, work))
 
 
@@ -228,12 +240,13 @@ class AttentionInC(torch.autograd.Function):
         (B, n_head, T, D), drawn = q.shape, share(dropout)
         strides = [t.stride()[:3] for t in (q, k, v)] * 2
         ctx.attention = attention_of(torch.get_num_threads(), B, n_head, k.size(1), T, D, drawn, seed, strides)
-        y, logs = torch.empty(B, T, n_head, D, dtype=q.dtype), torch.empty(B, n_head, T)
+        y, logs = torch.empty(B, T, n_head, D, dtype=q.dtype), floats(B, n_head, T)
         ctx.attention.call("attention_forward", q, k, v, y, logs)
         ctx.save_for_backward(q, k, v, y, logs)
         return y.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         saved = ctx.saved_tensors
         grads = [torch.empty_like(t) for t in saved[:3]]
@@ -276,16 +289,17 @@ class HeadsInPasses(torch.autograd.Function):
         numbers = torch.get_num_threads(), KINDS[qkv.dtype], B, T, n_head, n_kv, D
         ctx.heads = Heads(*numbers, eps, *at(*given))
         q, k, v = (torch.empty(B, heads, T, D, dtype=qkv.dtype) for heads in (n_head, n_kv, n_kv))
-        scale = torch.empty(B, T, n_head + n_kv)
+        scale = floats(B, T, n_head + n_kv)
         in_c().heads_forward(ctypes.byref(ctx.heads), *at(qkv, scale, q, k, v))
         ctx.save_for_backward(qkv, scale, *given)
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: torch.Tensor):
         qkv, scale, q_weight, k_weight, cos, sin = ctx.saved_tensors
         ctx.heads.q_weight, ctx.heads.k_weight, ctx.heads.cos, ctx.heads.sin = at(q_weight, k_weight, cos, sin)
-        grads, parts = [grad.contiguous() for grad in grads], torch.zeros(BLOCKS, 2, qkv.size(-1))
+        grads, parts = [grad.contiguous() for grad in grads], floats(BLOCKS, 2, qkv.size(-1)).zero_()
         grad_qkv = torch.empty_like(qkv)
         in_c().heads_backward(ctypes.byref(ctx.heads), *at(qkv, scale, *grads, grad_qkv, parts))
         return grad_qkv, *(parts.sum(0) if q_weight is not None else (None, None)), *(None,) * 5
@@ -295,12 +309,14 @@ class FastAttention(CausalSelfAttention):
     def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not trains(self):
             return super().heads(qkv, rope)
-        if in_passes(qkv) and self.head_dim <= 1024:
+        size = qkv.size(1) * self.head_dim  # of a table, where each row has the same positions
+        known = rope is None or all(table.numel() == size and table.dtype == torch.float32 for table in rope)
+        if known and in_passes(qkv) and self.head_dim <= 1024:
             norms, tables = (None, None, 0.0), (None, None)
             if self.q_norm is not None:
                 norms = self.q_norm.weight.float(), self.k_norm.weight.float(), self.q_norm.eps
             if rope is not None:
-                tables = (table.squeeze(-2).contiguous() for table in rope)
+                tables = (table.contiguous() for table in rope)
             return HeadsInPasses.apply(qkv, *norms, *tables, self.n_head, self.n_kv)
         return super().heads(qkv, rope) if rope is None else heads_at_once(self, qkv, rope, RMSNormInTraining.apply)
 
@@ -348,17 +364,18 @@ class BlockInC(torch.autograd.Function):
         """tensors: see BlockStruct.point_to"""
         x, tensors = x.contiguous(), [None if t is None else t.contiguous() for t in tensors]
         struct.point_to(tensors)
-        kept, work, _ = map(torch.empty, struct.sizes())
+        kept, work, _ = map(floats, struct.sizes())
         y, ctx.struct = torch.empty_like(x), struct
         in_c().block_forward(ctypes.byref(struct), *at(x, y, kept, work))
         ctx.save_for_backward(x, kept, *tensors)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         x, kept, *tensors = ctx.saved_tensors
         ctx.struct.point_to(tensors)
-        grad, work = grad.contiguous(), torch.empty(ctx.struct.sizes()[2])
+        grad, work = grad.contiguous(), floats(ctx.struct.sizes()[2])
         grads = [None if t is None else torch.empty_like(t) for t in (x, *tensors[:14])]
         to = (ctypes.c_void_p * 14)(*at(*grads[1:]))
         in_c().block_backward(ctypes.byref(ctx.struct), *at(x, kept, grad, grads[0]), to, *at(work))
@@ -389,9 +406,9 @@ def newton_schulz(x: torch.Tensor, quintic: tuple[float, float, float], steps: i
     n, rows, columns = x.shape
     threads = torch.get_num_threads()
     fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
-    if not (fits and n >= threads and rows % 16 == columns % 16 == 0 and block_pays()):
+    if not (fits and rows % 16 == columns % 16 == 0 and block_pays()):
         return False
-    work = torch.empty(threads, in_c().newton_schulz_work(ctypes.c_int64(rows), ctypes.c_int64(columns)))
+    work = floats(threads, in_c().newton_schulz_work(ctypes.c_int64(rows), ctypes.c_int64(columns)))
     in_c().newton_schulz(*sizes(n, rows, columns, steps), *map(ctypes.c_float, quintic), *at(x, work))
     return True
 
@@ -414,18 +431,17 @@ def struct_of(threads, B, T, n_head, n_kv, D, C, hidden, gated, centred, turns, 
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+METHODS = {"forward", "heads", "shared", "attend", "activate"}
 
 
 class FastBlock(Block):
     def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
-        wanted = x.device.type == "cpu" and x.dtype == torch.float32 and wanted_dtype(x) == torch.bfloat16
-        same_places = cache is None and (rope is None or rope[0].dim() == 3)  # in each row
         tensors = None
-        if wanted and same_places and block_pays() and not torch.compiler.is_compiling():
-            tensors = self.for_c()
+        if cache is None and not torch.compiler.is_compiling() and block_pays():
+            tensors = self.for_c(x, rope)
         if tensors is None:
             return super().forward(x, rope, cache)
-        attn, mlp, is_centred = self.attn, self.mlp, not isinstance(self.ln_1, RMSNorm)
+        attn, mlp, is_centred = self.attn, self.mlp, isinstance(self.ln_1, LayerNorm)
         p_attention, p = (attn.dropout, mlp.dropout.p) if self.training else (0.0, 0.0)
         heads = (attn.n_head, attn.n_kv, attn.head_dim, x.size(-1), mlp.c_proj.in_features, mlp.is_gated)
         eps = 1e-5 if is_centred else self.ln_1.eps, attn.q_norm.eps if attn.q_norm else 0.0
@@ -435,27 +451,51 @@ class FastBlock(Block):
         struct = BlockStruct.from_buffer_copy(template)
         struct.attention.seed = new_seed() if p_attention else 0  # drawn in the order of model.py's modules
         struct.seeds[:] = [new_seed() if p else 0 for _ in range(2)]
-        return BlockInC.apply(x, struct, *tensors, *([table.squeeze(-2) for table in rope] if rope else (None, None)))
+        return BlockInC.apply(x, struct, *tensors)
 
-    def for_c(self) -> list[torch.Tensor | None] | None:
-        """The weights, as BlockStruct.point_to wants them. None where a part is another than C knows, or of a size that
-        it does not, and where somebody looks at one.
+    def for_c(self, x: torch.Tensor, rope) -> list[torch.Tensor | None] | None:
+        """The weights and the tables of rotations, as BlockStruct.point_to wants them.
+
+        None where anything is not as model.py makes it, or of a size that C does not know; and where somebody looks at
+        a part, or has put something in the place of one of its methods.
         """
         attn, mlp, norms = self.attn, self.mlp, (self.ln_1, self.ln_2)
-        linears, head_norms = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj), (attn.q_norm, attn.k_norm)
-        parts = (attn, mlp, *norms, *linears, attn.resid_dropout, mlp.dropout, *filter(None, head_norms))
-        if not all(type(linear) is nn.Linear for linear in linears):
+        if x.dim() != 3 or wanted_dtype(x) != torch.bfloat16 or (type(attn), type(mlp)) != (FastAttention, FastMLP):
             return None
-        if any(getattr(part, hooks) for part in parts for hooks in HOOKS):
+        linears, drops = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj), (attn.resid_dropout, mlp.dropout)
+        head_norms = [norm for norm in (attn.q_norm, attn.k_norm) if norm is not None]
+        parts, kind = [*linears, *drops, *norms, *head_norms], type(self.ln_1)
+        kinds = [nn.Linear] * 4 + [FastDropout] * 2 + [kind] * 2 + [FastRMSNorm] * len(head_norms)
+        if [type(part) for part in parts] != kinds or kind not in (LayerNorm, FastRMSNorm):
             return None
-        if attn.head_dim > 1024 or any(n % 16 for n in (attn.head_dim, linears[0].in_features, linears[3].in_features)):
+        for part in (attn, mlp, *parts):
+            is_own = METHODS.isdisjoint(vars(part)) and not any(getattr(part, hooks) for hooks in HOOKS)
+            if not is_own or part.training != self.training:
+                return None
+        epses = [*(norm.eps for norm in norms if kind is FastRMSNorm)], [norm.eps for norm in head_norms]
+        if drops[0].p != drops[1].p or any(len(set(eps)) > 1 for eps in epses):
             return None
-        tensors = [linear.weight for linear in linears] + [linear.bias for linear in linears]
-        tensors += [norm.weight for norm in norms] + [getattr(norm, "bias", None) for norm in norms]
-        tensors += [norm and norm.weight for norm in head_norms]
+        T, C, D, read, hidden = *x.shape[1:], attn.head_dim, attn.n_head * attn.head_dim, mlp.c_proj.in_features
+        outputs = ((attn.n_head + 2 * attn.n_kv) * D, C, hidden * (1 + mlp.is_gated), C)
+        if not x.numel() or any(n % 16 for n in (C, D, hidden)) or D > 1024:
+            return None
+        inputs = (C, read, C, hidden)
+        wanted = [(linear.weight, shape) for linear, *shape in zip(linears, outputs, inputs, strict=True)]
+        wanted += [(linear.bias, (n,)) for linear, n in zip(linears, outputs, strict=True)]
+        wanted += [(norm.weight, (C,)) for norm in norms] + [(getattr(norm, "bias", None), (C,)) for norm in norms]
+        wanted += [(norm.weight, (D,)) for norm in head_norms] or [(None, ())] * 2
+        for table in rope or (None, None):
+            if table is not None and table.numel() != T * D:  # positions of each row its own
+                return None
+            wanted.append((table if table is None else table.reshape(T, D), (T, D)))
+        wanted.append((x, x.shape))
         plain = (torch.Tensor, nn.Parameter)
-        is_plain = all(t is None or (type(t) in plain and t.dtype == torch.float32) for t in tensors)
-        return tensors if is_plain else None
+        for t, shape in wanted:
+            if t is None:
+                continue
+            if type(t) not in plain or t.dtype != torch.float32 or t.device.type != "cpu" or (*t.shape,) != (*shape,):
+                return None
+        return [t for t, _ in wanted[:-1]]
 
 
 FASTER = {
