@@ -436,8 +436,8 @@ METHODS = {"forward", "heads", "shared", "attend", "activate"}
 
 class FastBlock(Block):
     def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
-        tensors = None
-        if cache is None and not torch.compiler.is_compiling() and block_pays():
+        tensors, is_usual = None, self.training or not torch.is_grad_enabled()  # else who knows what is differentiated
+        if cache is None and is_usual and not torch.compiler.is_compiling() and block_pays():
             tensors = self.for_c(x, rope)
         if tensors is None:
             return super().forward(x, rope, cache)
