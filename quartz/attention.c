@@ -76,10 +76,8 @@ static void turned_whole(const uint16_t *rows, int64_t P, int64_t d, pair *work,
 /* The first columns of rows (P, d) as the right side of x @ rows: pairs (P / 2, d) */
 static void paired(const uint16_t *rows, int64_t P, int64_t columns, int64_t d, pair *to) {
     for (int64_t t = 0; t < P; t += 2)
-        for (int64_t c = 0; c < columns; c += WIDTH) {
-            const uint16_t *its = rows + t * d + c;
-            *(ints_at *)(to + t / 2 * d + c) = paired_halves(*(const halves_at *)its, *(const halves_at *)(its + d));
-        }
+        for (int64_t c = 0; c < columns; c += WIDTH)
+            *(ints_at *)(to + t / 2 * d + c) = pair_of_rows(rows + t * d + c, d, 0);
 }
 
 /* Floats that a thread needs to work in: as attention_backward shares them out; attention_forward needs fewer. */

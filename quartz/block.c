@@ -168,10 +168,7 @@ static void multiply_tokens(int64_t first, int64_t last, int64_t columns, int64_
             const pair *panel = read + panel_at(j, columns, n, &wide) + k * wide;
             for (int64_t r = first; r < last; r += STRIP) {
                 const pair *strip = strips + (r - first) * STRIP_PAIRS;
-                if (k)
-                    tiles(STRIP, wide, depth, strip, 1, STRIP, panel, c + r * columns + j, columns, 1);
-                else
-                    tiles(STRIP, wide, depth, strip, 1, STRIP, panel, c + r * columns + j, columns, 0);
+                tiles(STRIP, wide, depth, strip, 1, STRIP, panel, c + r * columns + j, columns, k > 0);
             }
         }
     }
@@ -235,26 +232,14 @@ static void lay_out_weights(const struct block *s, const struct work *w, int64_t
 
 #define EACH_VECTOR(i, n) for (int64_t i = 0; i < (n); i += WIDTH)
 
-/* y = (x - mean) * scale * weight + bias; RMS norms know no mean. stats: mean and scale of each row. */
+/* stats: of each row the mean, 0 for an RMS norm, and what it was multiplied by. */
 static void norm_rows(const struct block *s, int64_t which, int64_t count, const float *x, float *stats, uint16_t *y) {
-    const float *weight = s->norms[which], *bias = s->norm_biases[which];
     const int64_t width = s->width;
-    for (int64_t r = 0; r < count; r++, x += width, y += width) {
-        vec sum = {}, squares = {};
+    for (int64_t r = 0; r < count; r++, x += width, y += width, stats += 2)
         if (s->is_centred)
-            EACH_VECTOR(i, width) sum += load(FLOAT32, x, i);
-        const float mean = total(sum) / width;
-        EACH_VECTOR(i, width) {
-            vec its = load(FLOAT32, x, i) - mean;
-            squares += its * its;
-        }
-        const float scale = 1 / sqrtf(total(squares) / width + s->eps);
-        stats[2 * r] = mean, stats[2 * r + 1] = scale;
-        EACH_VECTOR(i, width) {
-            vec its = (load(FLOAT32, x, i) - mean) * scale * load(FLOAT32, weight, i);
-            give(BFLOAT16, y, i, bias ? its + load(FLOAT32, bias, i) : its, WIDTH);
-        }
-    }
+            layer_norm(x, s->norms[which], s->norm_biases[which], width, s->eps, BFLOAT16, y, stats);
+        else
+            stats[0] = 0, stats[1] = rms_norm(x, s->norms[which], width, s->eps, BFLOAT16, y, 0);
 }
 
 /* to = beside + x's gradient, with that of y; sums (2, width): the gradients of weight and bias. */

@@ -5,9 +5,10 @@ stands in for them while a model trains, and tests/test_kernels.py says where th
 torch.compile and on other devices a module computes what model.py says, but for the norm's own backward pass there.
 
 Where there is a C compiler, there are two ways. In bfloat16, on processors that multiply it in vectors (AVX512-BF16), a
-block as a whole is quartz/block.c's, in training and evaluation, and Muon's steps are quartz/muon.c's. Where a library
-multiplies faster (AMX), in float32, or where one of a block's parts is not model.py's own, products are PyTorch's; what
-comes between them is quartz/passes.c's, and attention in bfloat16 quartz/attention.c's, while a model trains.
+block as a whole is quartz/block.c's, but in evaluation with gradients, and Muon's steps are quartz/muon.c's. Where a
+library multiplies faster (AMX), in float32, or where one of a block's parts is not model.py's own, products are
+PyTorch's; what comes between them is quartz/passes.c's, and attention in bfloat16 quartz/attention.c's, while a model
+trains.
 """
 
 import ctypes
@@ -305,18 +306,25 @@ class HeadsInPasses(torch.autograd.Function):
         return grad_qkv, *(parts.sum(0) if q_weight is not None else (None, None)), *(None,) * 5
 
 
+def tables_of(rope, T: int, head_dim: int) -> list[torch.Tensor | None] | None:
+    """Cosines and sines as C takes them, (T, head_dim), or two None without rotations. None where rows have positions
+    of their own, or tables are of another dtype.
+    """
+    if rope is None:
+        return [None, None]
+    fits = all(table.numel() == T * head_dim and table.dtype == torch.float32 for table in rope)
+    return [table.reshape(T, head_dim) for table in rope] if fits else None
+
+
 class FastAttention(CausalSelfAttention):
     def heads(self, qkv: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not trains(self):
             return super().heads(qkv, rope)
-        size = qkv.size(1) * self.head_dim  # of a table, where each row has the same positions
-        known = rope is None or all(table.numel() == size and table.dtype == torch.float32 for table in rope)
-        if known and in_passes(qkv) and self.head_dim <= 1024:
-            norms, tables = (None, None, 0.0), (None, None)
+        tables = tables_of(rope, qkv.size(1), self.head_dim)
+        if tables and in_passes(qkv) and self.head_dim <= 1024:
+            norms = (None, None, 0.0)
             if self.q_norm is not None:
                 norms = self.q_norm.weight.float(), self.k_norm.weight.float(), self.q_norm.eps
-            if rope is not None:
-                tables = (table.contiguous() for table in rope)
             return HeadsInPasses.apply(qkv, *norms, *tables, self.n_head, self.n_kv)
         return super().heads(qkv, rope) if rope is None else heads_at_once(self, qkv, rope, RMSNormInTraining.apply)
 
@@ -389,9 +397,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Te
     """torch.nn.utils.clip_grad_norm_, in a pass or two over all gradients in place of two over each."""
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads or not all(type(g) is torch.Tensor and g.dtype == torch.float32 and in_passes(g) for g in grads):
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
-    if not all(g.is_contiguous() for g in grads):
+    plain = (type(g) is torch.Tensor and g.dtype == torch.float32 and g.is_contiguous() for g in grads)
+    if not grads or not all(plain) or not all(map(in_passes, grads)):
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
     n, lengths = len(grads), [g.numel() for g in grads]
     sums = torch.empty(sum(lengths) // PIECE + n, dtype=torch.float64)
@@ -484,11 +491,10 @@ class FastBlock(Block):
         wanted += [(linear.bias, (n,)) for linear, n in zip(linears, outputs, strict=True)]
         wanted += [(norm.weight, (C,)) for norm in norms] + [(getattr(norm, "bias", None), (C,)) for norm in norms]
         wanted += [(norm.weight, (D,)) for norm in head_norms] or [(None, ())] * 2
-        for table in rope or (None, None):
-            if table is not None and table.numel() != T * D:  # positions of each row its own
-                return None
-            wanted.append((table if table is None else table.reshape(T, D), (T, D)))
-        wanted.append((x, x.shape))
+        tables = tables_of(rope, T, D)
+        if tables is None:
+            return None
+        wanted += [*((table, (T, D)) for table in tables), (x, x.shape)]
         plain = (torch.Tensor, nn.Parameter)
         for t, shape in wanted:
             if t is None:

@@ -1,5 +1,5 @@
-/* What a training step does between its products, each in one pass over memory: norms, SwiGLU, GELU, and queries,
-   keys and values on their way to attention; with their backward passes.
+/* What a training step does between its products, each in one pass over memory: norms, SwiGLU, GELU, dropout, and
+   queries, keys and values on their way to attention, with their backward passes; and clipping.
 
 Read it when a step on a CPU is slow. It computes what model.py says; quartz/kernels.py calls it.
 Numbers are read and written in float32 or bfloat16 (`kind`), and computed in float32. Sums over rows are taken in BLOCKS

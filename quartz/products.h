@@ -42,6 +42,11 @@ INLINE ints paired_halves(halves_at low, halves_at high) {
     return __builtin_convertvector(low, ints) | __builtin_convertvector(high, ints) << 16;
 }
 
+/* Two rows that lie one below the other; is_alone: the second is zeros. */
+INLINE ints pair_of_rows(const uint16_t *rows, int64_t columns, int64_t is_alone) {
+    return paired_halves(*(const halves_at *)rows, is_alone ? (halves_at){} : *(const halves_at *)(rows + columns));
+}
+
 /* Where column `column`, the first of a panel, begins, and how many columns that panel has. */
 INLINE int64_t panel_at(int64_t column, int64_t columns, int64_t n, int64_t *wide) {
     *wide = least(PANEL, columns - column);
@@ -69,10 +74,6 @@ static void multiply(int64_t rows, int64_t columns, int64_t n, const uint16_t *a
         for (; r < rows; r++)
             tiles(1, wide, n, left + r * n, n, 1, panel, c + r * columns + j, columns, 0);
     }
-}
-
-INLINE ints pair_of_rows(const uint16_t *rows, int64_t columns, int64_t is_alone) {
-    return paired_halves(*(const halves_at *)rows, is_alone ? (halves_at){} : *(const halves_at *)(rows + columns));
 }
 
 /* Rows (count, columns), which are tokens from the even number `first` on, into panels of n pairs. */

@@ -310,10 +310,8 @@ class Service:
                 traceback.print_exc(file=sys.stderr)
                 self._fail(f"the engine failed: {type(error).__name__}: {error}")
         self._fail("the server is shutting down", with_waiting=True)
-        self.decoder, self.prefixes = (
-            None,
-            PrefixCache(self.prefixes.chunk, 0),
-        )  # whoever counts may hold on to the rest
+        # Whoever counts may hold on to the rest
+        self.decoder, self.prefixes = None, PrefixCache(self.prefixes.chunk, 0)
 
     def _await_work(self) -> bool:
         """Sleeps while there is nothing to do; returns False at the end."""

@@ -187,26 +187,10 @@ INLINE int64_t piece_of(int64_t outputs, int64_t threads) {
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* What comes between */
 
-static void layer_norm(struct norm norm, int64_t width, const float *x, int64_t kind, void *y) {
-    vec sum = {}, squares = {};
-    EACH(i, more, width)
-        sum += some(x + i, more, 0);
-    float mean = total(sum) / width;
-    EACH(i, more, width) {
-        vec centred = some(x + i, more, mean) - mean;
-        squares += centred * centred;
-    }
-    float scale = 1 / sqrtf(total(squares) / width + 1e-5f);
-    EACH(i, more, width) {
-        vec its = (some(x + i, more, 0) - mean) * scale * some(norm.weight + i, more, 0);
-        give(kind, y, i, norm.bias ? its + some(norm.bias + i, more, 0) : its, more);
-    }
-}
-
 /* For the product with m that follows. */
 static void normalise(const struct network *net, struct norm norm, const float *x, const struct matrix *m, float *y) {
     if (net->is_gpt2)
-        layer_norm(norm, net->width, x, kind_of_x(m->kind), y);
+        layer_norm(x, norm.weight, norm.bias, net->width, 1e-5f, kind_of_x(m->kind), y, (float[2]){0});
     else
         rms_norm(x, norm.weight, net->width, net->eps, kind_of_x(m->kind), y, 0);
 }

@@ -1,4 +1,4 @@
-/* Vectors of numbers, for step.c, passes.c, attention.c and block.c: how they are read, added up and written. */
+/* Vectors of numbers, for all that is in C: how they are read, added up and written. */
 
 #pragma once
 
@@ -228,6 +228,25 @@ INLINE float rms_norm(const float *x, const float *weight, int64_t width, float 
     EACH(i, more, width)
         give(kind, y, at + i, some(x + i, more, 0) * scale * some(weight + i, more, 0), more);
     return scale;
+}
+
+/* A layer norm of float32, (x - mean) * scale * weight + bias, where there is one, to y; stats: mean and scale. */
+INLINE void layer_norm(const float *x, const float *weight, const float *bias, int64_t width, float eps, int64_t kind,
+                       void *y, float *stats) {
+    vec sum = {}, squares = {};
+    EACH(i, more, width)
+        sum += some(x + i, more, 0);
+    const float mean = total(sum) / width;
+    EACH(i, more, width) {
+        vec centred = some(x + i, more, mean) - mean;
+        squares += centred * centred;
+    }
+    const float scale = 1 / sqrtf(total(squares) / width + eps);
+    EACH(i, more, width) {
+        vec its = (some(x + i, more, 0) - mean) * scale * some(weight + i, more, 0);
+        give(kind, y, i, bias ? its + some(bias + i, more, 0) : its, more);
+    }
+    stats[0] = mean, stats[1] = scale;
 }
 
 /* A hash of 32 bits (Wellons, 2018, "lowbias32"). */
