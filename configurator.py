@@ -16,6 +16,7 @@ of its default: int, float, bool or str. An int may stand for a float; nothing e
 import ast
 import contextlib
 import difflib
+import gc
 import keyword
 import math
 import os
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from inspect import ismodule
 
 from quartz import threads
-from quartz.errors import UserError, check, set_up_terminal, user_errors
+from quartz.errors import UserError, check, set_up_process, user_errors
 
 __all__ = ["UserError", "check", "configure", "ranges", "settings_of", "user_errors"]
 SETTING_TYPES = (int, float, bool, str)
@@ -75,10 +76,11 @@ def configure(scope: dict, argv: list[str] | None = None) -> set[str]:
     Returns the names that were set by a file or an argument, whatever their value. Leaves `scope` untouched and exits
     with status 2 if anything is wrong; exits with status 0 after --help.
     """
-    set_up_terminal()
+    set_up_process()
     with user_errors():
         given = _configure(scope, sys.argv[1:] if argv is None else argv)
     threads.set_up()  # here, since it comes before torch in every verb
+    gc.set_threshold(gc.get_threshold()[0], 1000)  # torch brings no garbage: until user_errors
     return given
 
 
@@ -147,8 +149,7 @@ def _from_file(path: str, scope: dict, types_: dict[str, type]) -> tuple[dict, s
     except BaseException as error:  # SystemExit too: a file that ends the program has not configured it
         raise UserError(f"config file {path!r} fails with {type(error).__name__}: {_shown(error, str)}") from error
     # A setting may be given the value that it had, which no comparison shows: the syntax tree names what is assigned.
-    stored, imported = _names(tree)
-    new, problems = {}, []
+    (stored, imported), new, problems = _names(tree), {}, []
     for name, value in after.items():
         changed = name not in scope or scope[name] is not value
         if name in types_ and (changed or name in stored):
@@ -207,9 +208,8 @@ def _unknown(name: str, types_: dict[str, type]) -> str:
 
 def _help(scope: dict) -> str:
     """The script's docstring and a line for each setting: name, type, default and the comment behind it."""
-    settings, comments = settings_of(scope), {}
+    settings, comments, name = settings_of(scope), {}, None
     with tokenize.open(scope["__file__"]) as file:
-        name = None
         for token in tokenize.generate_tokens(file.readline):
             if token.type == tokenize.NAME and token.start[1] == 0:
                 name = token.string

@@ -321,7 +321,7 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
 
         # Agree, and step
         fault = "no token of the update is a target" if targets == 0 else ""
-        ended = update.end(updater, scaler, raw_model.parameters(), loss, grad_clip, signals, processes, fault)
+        ended = update.end(updater, scaler, loss, grad_clip, signals, processes, fault)
         stops, skipped = ended.stops, skipped + 1 if ended.fault else 0
         if skipped > skip_bad_updates:
             told_fault = f"{ended.fault} at iteration {iter_num}: the run stopped before that update"

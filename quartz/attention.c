@@ -9,6 +9,7 @@ thread's, so bits do not depend on the number of threads.
 #include "products.h"
 
 enum { BLOCK = 32 }; /* queries, or keys, that go together */
+enum { AHEAD = 16 }; /* so many rows on, memory is asked for in time */
 
 struct attention {
     int64_t threads, batch, n_head, n_kv, length, head_dim;
@@ -50,11 +51,12 @@ INLINE int64_t padded(int64_t length) { return (length + BLOCK - 1) / BLOCK * BL
 
 /* The T rows of d numbers, and zeros for those from T on to P. */
 static void copy_rows(const uint16_t *from, int64_t stride, int64_t T, int64_t P, int64_t d, uint16_t *to) {
-    for (int64_t t = 0; t < P; t++, to += d)
-        if (t < T)
-            memcpy(to, from + t * stride, d * sizeof *to);
-        else
-            memset(to, 0, d * sizeof *to);
+    for (int64_t t = 0; t < T; t++, to += d) {
+        __builtin_prefetch(from + (t + AHEAD) * stride);
+        for (int64_t i = 0; i < d; i += WIDTH)
+            *(halves_at *)(to + i) = *(const halves_at *)(from + t * stride + i);
+    }
+    memset(to, 0, (P - T) * d * sizeof *to);
 }
 
 /* rows (P, d) as the right side of x @ rows.T: pairs (d / 2, P) */
@@ -142,8 +144,8 @@ void attention_forward(const struct attention *s, const uint16_t *q, const uint1
                 for (int64_t t = first; t < seen && t < T; t++) {
                     const int64_t at = ((head / s->n_head * T + t) * s->n_head + head % s->n_head) * d;
                     const float share = 1 / sums[t - first];
-                    EACH(i, more, d)
-                        give(BFLOAT16, y, at + i, some(reads + (t - first) * d + i, more, 0) * share, more);
+                    for (int64_t i = 0; i < d; i += WIDTH)
+                        give(BFLOAT16, y, at + i, load(FLOAT32, reads, (t - first) * d + i) * share, WIDTH);
                 }
             }
         }
@@ -153,8 +155,8 @@ void attention_forward(const struct attention *s, const uint16_t *q, const uint1
 /* to (T, d) = rows * factor */
 static void give_rows(const float *rows, float factor, int64_t T, int64_t d, uint16_t *to, int64_t stride) {
     for (int64_t t = 0; t < T; t++)
-        EACH(i, more, d)
-            give(BFLOAT16, to, t * stride + i, some(rows + t * d + i, more, 0) * factor, more);
+        for (int64_t i = 0; i < d; i += WIDTH)
+            give(BFLOAT16, to, t * stride + i, load(FLOAT32, rows, t * d + i) * factor, WIDTH);
 }
 
 /* With what attention_forward took and gave, and y's gradient: those of q, k and v. The weights are computed with keys as
@@ -175,7 +177,6 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
         copy_rows(k + begins(s, K, g), stride(s, K), T, P, d, keys);
         copy_rows(v + begins(s, V, g), stride(s, V), T, P, d, values);
         turned_whole(keys, P, d, queries, columns);
-        memset(sum_k, 0, 2 * P * d * sizeof(float));
         for (int64_t head = g * each; head < (g + 1) * each; head++) {
             const uint32_t seed = seed_from(s->seed, head);
             const int64_t at = head / s->n_head * T * all + head % s->n_head * d;
@@ -188,12 +189,12 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
             for (int64_t t = 0; t < P; t++) {
                 vec along = {};
                 if (t < T)
-                    EACH(i, more, d)
-                        along += take(BFLOAT16, rows, t * d + i, more) * take(BFLOAT16, y, at + t * all + i, more);
+                    for (int64_t i = 0; i < d; i += WIDTH)
+                        along += load(BFLOAT16, rows, t * d + i) * load(BFLOAT16, y, at + t * all + i);
                 parts[t] = total(along);
                 lows[t] = t < T ? logs[head * T + t] : INFINITY;
             }
-            memset(sum_q, 0, P * d * sizeof(float));
+            const int64_t more = head > g * each; /* of those that share these keys and values */
             for (int64_t first = 0; first < T; first += BLOCK) {
                 const int64_t count = P - first; /* queries that may see these keys */
                 product(BLOCK, count, d / 2, (pair *)(keys + first * d), d / 2, queries + first, P, scores, P, 0);
@@ -215,10 +216,10 @@ void attention_backward(const struct attention *s, const uint16_t *q, const uint
                         give(BFLOAT16, slope_rows, r * P + i, weight * (slope - load(FLOAT32, parts, first + i)), WIDTH);
                     }
                 paired(slope_rows, BLOCK, count, P, slope_pairs);
-                product(BLOCK, d, count / 2, (pair *)weights, P / 2, grad_pairs + first / 2 * d, d, sum_v + first * d, d, 1);
+                product(BLOCK, d, count / 2, (pair *)weights, P / 2, grad_pairs + first / 2 * d, d, sum_v + first * d, d, more);
                 product(BLOCK, d, count / 2, (pair *)slope_rows, P / 2, query_pairs + first / 2 * d, d, sum_k + first * d,
-                        d, 1);
-                product(d, count, BLOCK / 2, (pair *)(columns + first), P / 2, slope_pairs, P, sum_q + first, P, 1);
+                        d, more);
+                product(d, count, BLOCK / 2, (pair *)(columns + first), P / 2, slope_pairs, P, sum_q + first, P, first > 0);
             }
             transpose(d, P, (const pair *)sum_q, P, queries, d);
             give_rows((float *)queries, scale, T, d, grad_q + begins(s, GRAD_Q, head), stride(s, GRAD_Q));

@@ -11,7 +11,7 @@ sum over all tokens, one tile of it a thread's: so bits do not depend on the num
 #include "products.h"
 
 enum { C_ATTN, ATTN_PROJ, C_FC, MLP_PROJ, LINEARS };
-enum { CHUNK = 64, STRIP = 4, DEPTH = 256, STRIP_PAIRS = DEPTH + 4, AHEAD = 16 };
+enum { CHUNK = 64, STRIP = 4, DEPTH = 256, STRIP_PAIRS = DEPTH + 4 };
 
 struct block {
     struct heads heads;         /* of bfloat16 */

@@ -354,27 +354,25 @@ class BlockStruct(ctypes.Structure):
 
     def point_to(self, tensors: list[torch.Tensor | None]) -> None:
         """tensors: what `given` says; weights of the norms of queries and keys, cosines and sines."""
-        *given, self.heads.q_weight, self.heads.k_weight, self.heads.cos, self.heads.sin = at(*tensors)
-        self.given = (ctypes.c_void_p * 12)(*given)
+        where, heads = pointers(tensors), self.heads
+        self.given, (heads.q_weight, heads.k_weight, heads.cos, heads.sin) = tuple(where[:12]), where[12:]
 
-    def sizes(self) -> list[int]:
-        """Of what a forward pass keeps, what it works in, and what a backward pass works in; in floats."""
-        sizes = (ctypes.c_int64 * 3)()
-        in_c().block_sizes(ctypes.byref(self), sizes)
-        return list(sizes)
+
+def pointers(tensors: Iterable[torch.Tensor | None]) -> list[int | None]:
+    return [t if t is None else t.data_ptr() for t in tensors]
 
 
 class BlockInC(torch.autograd.Function):
     """A block of the network, x (B, T, C) float32, its products in bfloat16."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, struct: BlockStruct, *tensors: torch.Tensor | None):
-        """tensors: see BlockStruct.point_to"""
-        x, tensors = x.contiguous(), [None if t is None else t.contiguous() for t in tensors]
+    def forward(ctx, x: torch.Tensor, struct: BlockStruct, sizes: list[int], *tensors: torch.Tensor | None):
+        """tensors: see BlockStruct.point_to; sizes: see struct_of"""
+        x, tensors = x.contiguous(), [t if t is None else t.contiguous() for t in tensors]
         struct.point_to(tensors)
-        kept, work, _ = map(floats, struct.sizes())
-        y, ctx.struct = torch.empty_like(x), struct
+        y, kept, work = torch.empty_like(x), floats(sizes[0]), floats(sizes[1])
         in_c().block_forward(ctypes.byref(struct), *at(x, y, kept, work))
+        ctx.struct, ctx.size = struct, sizes[2]
         ctx.save_for_backward(x, kept, *tensors)
         return y
 
@@ -383,26 +381,27 @@ class BlockInC(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         x, kept, *tensors = ctx.saved_tensors
         ctx.struct.point_to(tensors)
-        grad, work = grad.contiguous(), floats(ctx.struct.sizes()[2])
-        grads = [None if t is None else torch.empty_like(t) for t in (x, *tensors[:14])]
-        to = (ctypes.c_void_p * 14)(*at(*grads[1:]))
+        grad, work = grad.contiguous(), floats(ctx.size)
+        grads = [t if t is None else torch.empty_like(t) for t in (x, *tensors[:14])]
+        to = (ctypes.c_void_p * 14)(*pointers(grads[1:]))
         in_c().block_backward(ctypes.byref(ctx.struct), *at(x, kept, grad, grads[0]), to, *at(work))
-        return grads[0], None, *grads[1:], None, None
+        return grads[0], None, None, *grads[1:], None, None
 
 
 PIECE = 2**14  # numbers of which passes.c takes one sum
+FLOATS = {(torch.Tensor, torch.float32, "cpu", True)}  # gradients that C takes
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_, in a pass or two over all gradients in place of two over each."""
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    plain = (type(g) is torch.Tensor and g.dtype == torch.float32 and g.is_contiguous() for g in grads)
-    if not grads or not all(plain) or not all(map(in_passes, grads)):
+    kinds = {(g.__class__, g.dtype, g.device.type, g.is_contiguous()) for g in grads}
+    if not grads or not kinds <= FLOATS or in_c() is None:
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
     n, lengths = len(grads), [g.numel() for g in grads]
     sums = torch.empty(sum(lengths) // PIECE + n, dtype=torch.float64)
-    arrays, lengths = (ctypes.c_void_p * n)(*at(*grads)), (ctypes.c_int64 * n)(*lengths)
+    arrays, lengths = (ctypes.c_void_p * n)(*pointers(grads)), (ctypes.c_int64 * n)(*lengths)
     clip = in_c().clip
     clip.restype = ctypes.c_double
     return torch.tensor(clip(*sizes(n), arrays, lengths, ctypes.c_double(limit), *at(sums)), dtype=torch.float32)
@@ -427,17 +426,20 @@ def block_pays() -> bool:
 
 @functools.lru_cache
 def struct_of(threads, B, T, n_head, n_kv, D, C, hidden, gated, centred, turns, p_attention, p, eps, head_eps):
-    """Without pointers and seeds."""
+    """Without pointers and seeds. And how many floats a forward pass keeps, works in, and a backward pass works in."""
     qkv, qk = (n_head + 2 * n_kv) * D, (n_head + n_kv) * D
     of_q, of_v = ((T * wide, D, wide) for wide in (qk if turns else qkv, qkv))
-    return BlockStruct(
+    struct = BlockStruct(
         Heads(threads, KINDS[torch.bfloat16], B, T, n_head, n_kv, D, head_eps),
         attention_of(threads, B, n_head, n_kv, T, D, share(p_attention), 0, [of_q, of_q, *[of_v] * 4]),
         *(C, hidden, gated, centred, share(p)[0], (0, 0), share(p)[1], eps),
     )
+    sizes = (ctypes.c_int64 * 3)()
+    in_c().block_sizes(ctypes.byref(struct), sizes)
+    return struct, list(sizes)
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PLAIN = {(kind, torch.float32, True) for kind in (torch.Tensor, nn.Parameter)}
 METHODS = {"forward", "heads", "shared", "attend", "activate"}
 
 
@@ -452,13 +454,13 @@ class FastBlock(Block):
         p_attention, p = (attn.dropout, mlp.dropout.p) if self.training else (0.0, 0.0)
         heads = (attn.n_head, attn.n_kv, attn.head_dim, x.size(-1), mlp.c_proj.in_features, mlp.is_gated)
         eps = 1e-5 if is_centred else self.ln_1.eps, attn.q_norm.eps if attn.q_norm else 0.0
-        template = struct_of(
+        template, sizes = struct_of(
             torch.get_num_threads(), *x.shape[:2], *heads, is_centred, rope is not None, p_attention, p, *eps
         )
         struct = BlockStruct.from_buffer_copy(template)
         struct.attention.seed = new_seed() if p_attention else 0  # drawn in the order of model.py's modules
         struct.seeds[:] = [new_seed() if p else 0 for _ in range(2)]
-        return BlockInC.apply(x, struct, *tensors)
+        return BlockInC.apply(x, struct, sizes, *tensors)
 
     def for_c(self, x: torch.Tensor, rope) -> list[torch.Tensor | None] | None:
         """The weights and the tables of rotations, as BlockStruct.point_to wants them.
@@ -476,8 +478,9 @@ class FastBlock(Block):
         if [type(part) for part in parts] != kinds or kind not in (LayerNorm, FastRMSNorm):
             return None
         for part in (attn, mlp, *parts):
-            is_own = METHODS.isdisjoint(vars(part)) and not any(getattr(part, hooks) for hooks in HOOKS)
-            if not is_own or part.training != self.training:
+            if part.training != self.training or not METHODS.isdisjoint(vars(part)):
+                return None
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
                 return None
         epses = [*(norm.eps for norm in norms if kind is FastRMSNorm)], [norm.eps for norm in head_norms]
         if drops[0].p != drops[1].p or any(len(set(eps)) > 1 for eps in epses):
@@ -486,22 +489,17 @@ class FastBlock(Block):
         outputs = ((attn.n_head + 2 * attn.n_kv) * D, C, hidden * (1 + mlp.is_gated), C)
         if not x.numel() or any(n % 16 for n in (C, D, hidden)) or D > 1024:
             return None
-        inputs = (C, read, C, hidden)
-        wanted = [(linear.weight, shape) for linear, *shape in zip(linears, outputs, inputs, strict=True)]
-        wanted += [(linear.bias, (n,)) for linear, n in zip(linears, outputs, strict=True)]
-        wanted += [(norm.weight, (C,)) for norm in norms] + [(getattr(norm, "bias", None), (C,)) for norm in norms]
-        wanted += [(norm.weight, (D,)) for norm in head_norms] or [(None, ())] * 2
-        tables = tables_of(rope, T, D)
+        inputs, tables = (C, read, C, hidden), tables_of(rope, T, D)
         if tables is None:
             return None
-        wanted += [*((table, (T, D)) for table in tables), (x, x.shape)]
-        plain = (torch.Tensor, nn.Parameter)
-        for t, shape in wanted:
-            if t is None:
-                continue
-            if type(t) not in plain or t.dtype != torch.float32 or t.device.type != "cpu" or (*t.shape,) != (*shape,):
+        tensors = [*(linear.weight for linear in linears), *(linear.bias for linear in linears)]
+        tensors += [*(norm.weight for norm in norms), *(getattr(norm, "bias", None) for norm in norms)]
+        tensors += [*([norm.weight for norm in head_norms] or [None] * 2), *tables]
+        shapes = [*zip(outputs, inputs, strict=True), *((n,) for n in outputs), *[(C,)] * 4, *[(D,)] * 2, *[(T, D)] * 2]
+        for t, shape in zip(tensors, shapes, strict=True):
+            if t is not None and (t.shape != shape or (t.__class__, t.dtype, t.is_cpu) not in PLAIN):
                 return None
-        return [t for t, _ in wanted[:-1]]
+        return tensors if (x.__class__, x.dtype, x.is_cpu) in PLAIN else None
 
 
 FASTER = {

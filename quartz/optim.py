@@ -46,17 +46,37 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def adamw_step(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    """A step of AdamW for a group's parameters that have gradients."""
+    parameters = [p for p in group["params"] if p.grad is not None]
+    for p in parameters:
+        if not optimizer.state[p]:
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            counts_on = p.device if group["fused"] else "cpu"  # as torch's own
+            optimizer.state[p] = {"step": torch.zeros((), device=counts_on), **zeros}
+    grads, states = [p.grad for p in parameters], [optimizer.state[p] for p in parameters]
+    steps, means, squares = ([state[key] for state in states] for key in moment_names(group))
+    (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
+    rest |= {key: getattr(optimizer, key, None) for key in ("grad_scale", "found_inf")}  # from float16's scaler
+    adamw(
+        parameters, grads, means, squares, [], steps,
+        beta1=beta1, beta2=beta2, amsgrad=False, maximize=False, **rest,
+    )  # fmt: skip
+
+
 class AdamW(torch.optim.AdamW):
     """torch's, without what its methods are wrapped in: at their first call that loads torch.compile, for a second."""
 
-    add_param_group, load_state_dict, state_dict, zero_grad, _step = (
+    add_param_group, load_state_dict, state_dict, zero_grad = (
         inspect.unwrap(getattr(torch.optim.AdamW, name))
-        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad", "step")
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
     )
 
     @torch.no_grad()
-    def step(self, closure=None):
-        return self._step(closure)
+    def step(self, closure=None) -> None:
+        assert closure is None, "no closure is called"
+        for group in self.param_groups:
+            adamw_step(self, group)
 
 
 def adamw_of(
@@ -88,21 +108,10 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         assert closure is None, "no closure is called"
         for group in self.param_groups:
-            (self._muon_step if group["kind"] == "muon" else self._adamw_step)(group)
-
-    def _adamw_step(self, group: dict) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        for p in parameters:
-            if not self.state[p]:
-                zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-        steps, means, squares = ([self.state[p][key] for p in parameters] for key in moment_names(group))
-        (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
-        grads = [p.grad for p in parameters]
-        adamw(
-            parameters, grads, means, squares, [], steps,
-            beta1=beta1, beta2=beta2, amsgrad=False, maximize=False, **rest,
-        )  # fmt: skip
+            if group["kind"] == "muon":
+                self._muon_step(group)
+            else:
+                adamw_step(self, group)
 
     def _muon_step(self, group: dict) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]

@@ -6,7 +6,6 @@ the GPU and for the other ranks, once.
 
 import math
 import signal
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,20 +40,20 @@ class Ended(NamedTuple):
 def end(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    parameters: Iterable[torch.nn.Parameter],
     loss: torch.Tensor,
     grad_clip: float,
     signals: Signals,
     processes: ranks.Processes,
     fault: str = "",
 ) -> Ended:
-    """Clips the gradients that are there, has `optimizer` step unless something is wrong, and forgets them.
+    """Clips the gradients that `optimizer` has, lets it step unless something is wrong, and forgets them.
 
     loss (): this rank's, with gradients that are already the mean over the ranks, scaled by `scaler`. grad_clip: the
     norm to which they are scaled down, 0 for none. fault: what the caller knows to be wrong on every rank. A loss or a
     gradient that is not finite is one; a gradient under a float16 scaler is not, since the scaler passes over it.
     """
     scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = ranks.whole(kernels.clip_grad_norm(parameters, grad_clip or math.inf))
     told = torch.zeros(2 + processes.world_size, device=loss.device)  # loss, signals, and of each rank: is it bad?
     told[0], told[1], told[2 + processes.rank] = loss, signals.count, ~loss.isfinite()

@@ -274,9 +274,7 @@ class Run:
             loss = self.model(*self.batch, return_logits=False)[1]
         self.batch = self.read()
         self.scaler.scale(loss).backward()
-        ended = update.end(
-            self.optimizer, self.scaler, self.parameters, loss.detach(), 1.0, self.signals, self.processes
-        )
+        ended = update.end(self.optimizer, self.scaler, loss.detach(), 1.0, self.signals, self.processes)
         assert not ended.fault, ended.fault
         return ended.loss
 

@@ -209,3 +209,18 @@ def test_every_preset_sets_only_settings_that_exist(run, preset, tmp_path, monke
     result = run("train.py", ROOT / "config" / preset, "--dataset=missing", "--init_from=scratch", "--device=cpu")
     assert_user_error(result, "'missing' is not prepared")
     assert result.err.count("error:") == 1
+
+
+def test_garbage_is_collected_as_ever_while_a_program_works(tmp_path):
+    """Less of it is looked for while a program is loaded, and none at its end."""
+    (tmp_path / "verb.py").write_text(
+        f"import gc, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import configurator\n"
+        "before, size = gc.get_threshold(), 1\n"
+        "configurator.configure(globals())\n"
+        "loading = gc.get_threshold()\n"
+        "with configurator.user_errors():\n"
+        "    print(gc.isenabled(), gc.get_threshold() == before, loading[1] > before[1])\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "verb.py"], capture_output=True, text=True)
+    assert done.stdout == "True True True\n", done.stderr

@@ -246,12 +246,12 @@ def test_a_second_interrupt_ends_the_run_at_once(tiny, start):
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import runpy, time\n"
         "from quartz import shards\n"
-        "plain, calls = shards.training_starts, []\n"
-        "def training_starts(*arguments):\n"
+        "plain, calls = shards.MicroBatches.read, []\n"
+        "def read(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 5: open('slow', 'w'); [time.sleep(0.1) for _ in range(600)]\n"
         "    return plain(*arguments)\n"
-        "shards.training_starts = training_starts\n"
+        "shards.MicroBatches.read = read\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     process = start(tiny / "slow.py", *flags(**PLAIN), cwd=tiny)

@@ -283,7 +283,7 @@ def divided(as_rank_3, updates: int = 1, steps: int = 3, dtype: torch.dtype = to
             ranks.set_gradient_sync(model, step == steps - 1)
             loss = model(x, x, return_logits=False)[1]
             loss.backward()
-        ended = update.end(updater, scaler, model.parameters(), loss.detach(), 1.0, signals, processes)
+        ended = update.end(updater, scaler, loss.detach(), 1.0, signals, processes)
         assert not ended.fault
     return model, updater, whole
 

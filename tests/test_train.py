@@ -54,16 +54,16 @@ def test_the_state_before_the_first_update_is_never_the_best(tiny, train):
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 11])
 def test_a_run_stopped_by_sigterm_and_resumed_is_the_undisturbed_run(tiny, train, undisturbed, monkeypatch, stop_at):
-    plain, calls = shards.training_starts, []
+    plain, calls = shards.MicroBatches.read, []
 
-    def stop(rows, *arguments):
-        calls.append(rows)
+    def stop(micro_batches, nth):
+        calls.append(nth)
         if len(calls) == 2 * stop_at:  # two micro-batches an update
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(rows, *arguments)
+        return plain(micro_batches, nth)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "training_starts", stop)
+        patch.setattr(shards.MicroBatches, "read", stop)
         result = train(out_dir="cut", max_iters=12)
     assert result.code == 0 and "Traceback" not in result.err, result.err
     assert load(tiny / "cut" / "last.pt")["iter_num"] == stop_at
