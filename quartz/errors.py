@@ -127,8 +127,8 @@ def _drop_unwritten() -> None:
 
 
 def set_up_process() -> None:
-    """Prints any character on any terminal, survives a closed one, and takes Ctrl-C without a traceback. At its end, all
-    of torch is not searched for garbage, which would take a third of a second."""
+    """Prints any character on any terminal, survives a closed one, and takes Ctrl-C without a traceback. At the end no
+    garbage is looked for: among all that torch has brought, that would take a third of a second."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the program
