@@ -53,7 +53,7 @@ SHORTEST_PASSAGE = 64  # characters
 BATCH_CHARS = 2**19  # what a thread encodes at a time
 BPE_VOCABULARY = 8192
 SAVE_SECONDS = 5.0  # between two notes of the place
-TRAINING_CHARS = 10**9  # that a BPE is trained on, at the most
+TRAINING_CHARS = 10**9  # that a BPE is trained on: 2 GB of memory
 AHEAD = 64  # texts that are read at a time, while others are trained on
 REPORT_CHARS = 2**22  # held-out text that tokenizers are compared on
 NOTE = "prepare.json"  # the place, in the data set's folder
@@ -74,6 +74,7 @@ class Recipe:
     val_share: float = 0.1
     shard_tokens: int = 10**8
     workers: int = 0  # 0: as many as there are cores
+    training_chars: int = 0  # that a BPE is trained on, at the most; 0 is TRAINING_CHARS
 
     def problems(self) -> list[str]:
         """One line for everything that is wrong."""
@@ -89,6 +90,8 @@ class Recipe:
                 f"not {self.vocab_size}",
             ),
             (self.vocab_size == 0 or self.tokenizer == "bpe", f"vocab_size is of bpe, not of {self.tokenizer}"),
+            (self.training_chars == 0 or self.tokenizer == "bpe", f"training_chars is of bpe, not of {self.tokenizer}"),
+            (self.training_chars >= 0, f"training_chars must be 0 (a billion) or more, not {self.training_chars}"),
             (self.pattern in PATTERNS, f"pattern must be {' or '.join(PATTERNS)}, not {self.pattern!r}"),
             (0 < self.val_share < 1, f"val_share must be between 0 and 1, not {self.val_share}"),
             (self.shard_tokens >= 1, f"shard_tokens must be at least 1, not {self.shard_tokens}"),
@@ -470,10 +473,11 @@ class Preparation:
         return tokenizer
 
     def _training_texts(self, seen: dict[str, int], sample: list[str]) -> Iterator[str]:
-        """What is not held out, up to TRAINING_CHARS, from all files alike; puts some of the rest into `sample`."""
+        """What is not held out, up to training_chars, from all files alike; puts some of the rest into `sample`."""
+        most = self.recipe.training_chars or TRAINING_CHARS
         with self._bar("training a tokenizer", 0) as bar:
             for number in range(len(self.paths)):
-                budget = seen["train"] + (TRAINING_CHARS - seen["train"]) // (len(self.paths) - number)
+                budget = seen["train"] + (most - seen["train"]) // (len(self.paths) - number)
                 for _, split, text, _, place in self._pieces({"file": number, "piece": 0}, number + 1):
                     if seen["train"] >= budget:
                         break

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -344,6 +345,8 @@ def test_special_tokens_in_the_text_are_text(tmp_path):
         (Recipe("bpe", vocab_size=-5), "at least 259"),
         (Recipe("gpt2", vocab_size=500), "of bpe, not of gpt2"),
         (Recipe("bpe", pattern="gpt5"), "gpt2 or gpt4"),
+        (Recipe("bpe", training_chars=-1), "training_chars must be 0"),
+        (Recipe("byte", training_chars=10), "training_chars is of bpe, not of byte"),
         (Recipe(val_share=0.0), "val_share"),
         (Recipe(val_share=1.5), "val_share"),
         (Recipe(shard_tokens=0), "shard_tokens"),
@@ -354,6 +357,17 @@ def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_touched(tmp_
     with pytest.raises(UserError, match=words) as problem:
         prepare(tmp_path / "out", "nowhere", recipe)
     assert len(problem.value.problems) == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_bpe_is_trained_on_so_many_characters_from_all_files_alike(tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    for name in "ab":
+        lines = [json.dumps({"text": f"{name * 9} {n}"}) + "\n" for n in range(999)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    prepare(tmp_path / "out", str(tmp_path / "*.jsonl"), Recipe("bpe", 300, training_chars=2000))
+    assert 2000 <= int(re.search(r"on ([\d,]+) characters", capsys.readouterr().out)[1].replace(",", "")) < 2050
+    tokens = json.loads((tmp_path / "out" / "meta.json").read_text())["tokenizer"]["tokens"]
+    assert {"a" * 9, "b" * 9} <= {*tokens}
 
 
 def test_a_vocabulary_larger_than_the_text_allows_is_refused(tmp_path):

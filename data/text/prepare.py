@@ -20,6 +20,7 @@ source = ""  # a file, a folder, or a glob in quotes
 out = ""  # folder of the data set; empty is this script's own
 tokenizer = "gpt2"  # char, byte, gpt2, bpe (byte pairs of this text's own), or a folder: of a data set, or of a model
 vocab_size = 0  # of bpe: tokens in all, special ones included; 0 is 8192
+training_chars = 0  # of bpe: characters of text that it is trained on, at the most; 0 is a billion, for 2 GB of memory
 pattern = "gpt4"  # of bpe: how text is split before bytes are merged, as for gpt4 or gpt2
 field = "text"  # where a line of .jsonl, or a .parquet file, holds the text
 skip_bad_files = False  # leave out, with a note, files that can't be read as they should; False: stop at the first
@@ -34,7 +35,8 @@ from quartz import corpus
 
 
 def main() -> None:
-    recipe = corpus.Recipe(tokenizer, vocab_size, pattern, field, skip_bad_files, val_share, shard_tokens, workers)
+    how = (val_share, shard_tokens, workers, training_chars)
+    recipe = corpus.Recipe(tokenizer, vocab_size, pattern, field, skip_bad_files, *how)
     corpus.prepare(Path(out or Path(__file__).parent), source, recipe, part=part, join=join)
 
 

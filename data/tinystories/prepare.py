@@ -18,6 +18,7 @@ source = ""  # a file, a folder or a glob to use instead of the download
 out = ""  # folder of the data set, and of what is downloaded; empty is this script's own
 tokenizer = "gpt2"  # gpt2, byte, char, or bpe: byte pairs of this text's own
 vocab_size = 0  # of bpe: tokens in all, special ones included; 0 is 8192
+training_chars = 0  # of bpe: characters of text that it is trained on, at the most; 0 is a billion, for 2 GB of memory
 field = "text"  # where files of --source hold the text
 skip_bad_files = False  # leave out, with a note, files that can't be read as they should; False: stop at the first
 val_share = 0.01  # of the stories is held out where no file is for validation
@@ -32,7 +33,8 @@ from quartz import corpus, download
 
 def main() -> None:
     folder = Path(out or Path(__file__).parent)
-    recipe = corpus.Recipe(tokenizer, vocab_size, "gpt4", field, skip_bad_files, val_share, shard_tokens, workers)
+    how = (val_share, shard_tokens, workers, training_chars)
+    recipe = corpus.Recipe(tokenizer, vocab_size, "gpt4", field, skip_bad_files, *how)
     places, below = [("main", "data")], folder / "source"
     corpus.prepare(
         folder,
