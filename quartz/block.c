@@ -352,98 +352,141 @@ static void sum_rows(int64_t count, int64_t stride, int64_t width, const float *
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-#define EACH_CHUNK                                                                                                     \
-    EACH_PART for (int64_t chunk = 0; chunk < chunks(s); chunk++)
-#define OF_CHUNK                                                                                                       \
+/* How the work is shared out: one thread takes a sequence from end to end, so that what is read of it is still in that
+   core's cache; where there are too few, or where they do not end with a chunk, all chunks come first, then all heads, and
+   then all chunks again. */
+INLINE int64_t by_sequence(const struct block *s) {
+    return s->heads.length % CHUNK == 0 && s->heads.batch >= 4 * s->heads.threads;
+}
+
+#define IN_ORDER(CHUNK_BEFORE, HEAD, CHUNK_AFTER)                                                                      \
+    if (by_sequence(s)) {                                                                                              \
+        const int64_t length = s->heads.length / CHUNK, heads = s->heads.n_kv;                                         \
+        EACH_PART for (int64_t sequence = 0; sequence < s->heads.batch; sequence++) {                                  \
+            for (int64_t chunk = sequence * length; chunk < (sequence + 1) * length; chunk++)                          \
+                CHUNK_BEFORE;                                                                                          \
+            for (int64_t head = sequence * heads; head < (sequence + 1) * heads; head++)                               \
+                HEAD;                                                                                                  \
+            for (int64_t chunk = sequence * length; chunk < (sequence + 1) * length; chunk++)                          \
+                CHUNK_AFTER;                                                                                           \
+        }                                                                                                              \
+    } else {                                                                                                           \
+        EACH_PART for (int64_t chunk = 0; chunk < chunks(s); chunk++)                                                  \
+            CHUNK_BEFORE;                                                                                              \
+        EACH_PART for (int64_t head = 0; head < s->heads.batch * s->heads.n_kv; head++)                                \
+            HEAD;                                                                                                      \
+        EACH_PART for (int64_t chunk = 0; chunk < chunks(s); chunk++)                                                  \
+            CHUNK_AFTER;                                                                                               \
+    }
+
+#define OF_BLOCK                                                                                                       \
+    const int64_t width = s->width, qkv = outputs(s, C_ATTN), read = read_width(s), d = s->heads.head_dim;             \
+    const int64_t h = outputs(s, C_FC), turned_heads = s->heads.n_head + s->heads.n_kv;                                \
     const int64_t first = chunk * CHUNK, count = least(CHUNK, tokens(s) - first);                                      \
-    float *sums = w.own + omp_get_thread_num() * w.each;
+    float *sums = w->own + omp_get_thread_num() * w->each;                                                             \
+    (void)qkv, (void)read, (void)d, (void)h, (void)turned_heads;
 
 /* Behind `sums`, as many halves twice. */
 INLINE uint16_t *halves(const struct block *s, float *sums, int64_t nth) {
     return (uint16_t *)(sums + CHUNK * widest(s)) + nth * CHUNK * widest(s);
 }
 
+/* A chunk, up to queries, keys and values. */
+static void before_attention(const struct block *s, const struct kept *k, const struct work *w, const float *x,
+                             int64_t chunk) {
+    OF_BLOCK
+    uint16_t *rows = halves(s, sums, 0);
+    norm_rows(s, 0, count, x + first * width, k->stats[0] + 2 * first, rows);
+    into_panels(rows, count, width, first, pairs(s), k->read[C_ATTN]);
+    multiply(count, qkv, width / 2, rows, w->weights[C_ATTN], sums);
+    round_rows(count, qkv, sums, s->biases[C_ATTN], k->qkv + first * qkv);
+    if (s->heads.cos)
+        for (int64_t row = first; row < first + count; row++)
+            for (int64_t head = 0; head < turned_heads; head++)
+                turn_head(&s->heads, head, row % s->heads.length, k->qkv + row * qkv + head * d,
+                          k->turned + (row * turned_heads + head) * d, k->scales + row * turned_heads + head);
+}
+
+/* And from what was read by attention to the end. */
+static void after_attention(const struct block *s, const struct kept *k, const struct work *w, const float *x, float *to,
+                            int64_t chunk) {
+    OF_BLOCK
+    uint16_t *rows = halves(s, sums, 0), *active = halves(s, sums, 1);
+    multiply(count, width, read / 2, k->y + first * read, w->weights[ATTN_PROJ], sums);
+    add_rows(s, 0, first, count, sums, s->biases[ATTN_PROJ], x, k->mid);
+    norm_rows(s, 1, count, k->mid + first * width, k->stats[1] + 2 * first, rows);
+    into_panels(rows, count, width, first, pairs(s), k->read[C_FC]);
+    multiply(count, h, width / 2, rows, w->weights[C_FC], sums);
+    round_rows(count, h, sums, s->biases[C_FC], k->h + first * h);
+    activate_rows(s, count, k->h + first * h, active);
+    into_panels(active, count, s->hidden, first, pairs(s), k->read[MLP_PROJ]);
+    multiply(count, width, s->hidden / 2, active, w->weights[MLP_PROJ], sums);
+    add_rows(s, 1, first, count, sums, s->biases[MLP_PROJ], k->mid, to);
+}
+
 /* x, to (batch, T, width); kept, work: of block_sizes */
 void block_forward(const struct block *s, const float *x, float *to, float *kept_memory, float *work_memory) {
-    const int64_t width = s->width, qkv = outputs(s, C_ATTN), read = read_width(s), d = s->heads.head_dim;
-    const int64_t h = outputs(s, C_FC), turned_heads = s->heads.n_head + s->heads.n_kv;
     const struct kept k = kept_in(s, kept_memory, &(int64_t){0});
     const struct work w = work_in(s, work_memory, &(int64_t){0}, 0);
     lay_out_weights(s, &w, 0);
-    EACH_CHUNK {
-        OF_CHUNK
-        uint16_t *rows = halves(s, sums, 0);
-        norm_rows(s, 0, count, x + first * width, k.stats[0] + 2 * first, rows);
-        into_panels(rows, count, width, first, pairs(s), k.read[C_ATTN]);
-        multiply(count, qkv, width / 2, rows, w.weights[C_ATTN], sums);
-        round_rows(count, qkv, sums, s->biases[C_ATTN], k.qkv + first * qkv);
-        if (s->heads.cos)
-            for (int64_t row = first; row < first + count; row++)
-                for (int64_t head = 0; head < turned_heads; head++)
-                    turn_head(&s->heads, head, row % s->heads.length, k.qkv + row * qkv + head * d,
-                              k.turned + (row * turned_heads + head) * d, k.scales + row * turned_heads + head);
-    }
-    attention_forward(&s->attention, k.turned, k.turned + read, k.qkv + turned_width(s), k.y, k.logs, w.attention);
-    EACH_CHUNK {
-        OF_CHUNK
-        uint16_t *rows = halves(s, sums, 0), *active = halves(s, sums, 1);
-        multiply(count, width, read / 2, k.y + first * read, w.weights[ATTN_PROJ], sums);
-        add_rows(s, 0, first, count, sums, s->biases[ATTN_PROJ], x, k.mid);
-        norm_rows(s, 1, count, k.mid + first * width, k.stats[1] + 2 * first, rows);
-        into_panels(rows, count, width, first, pairs(s), k.read[C_FC]);
-        multiply(count, h, width / 2, rows, w.weights[C_FC], sums);
-        round_rows(count, h, sums, s->biases[C_FC], k.h + first * h);
-        activate_rows(s, count, k.h + first * h, active);
-        into_panels(active, count, s->hidden, first, pairs(s), k.read[MLP_PROJ]);
-        multiply(count, width, s->hidden / 2, active, w.weights[MLP_PROJ], sums);
-        add_rows(s, 1, first, count, sums, s->biases[MLP_PROJ], k.mid, to);
-    }
+    IN_ORDER(before_attention(s, &k, &w, x, chunk),
+             attend(&s->attention, head, k.turned, k.turned + read_width(s), k.qkv + turned_width(s), k.y, k.logs,
+                    w.attention),
+             after_attention(s, &k, &w, x, to, chunk))
+}
+
+/* Back from the end to attention, for a chunk; grad_x is not all of it yet. */
+static void back_to_attention(const struct block *s, const struct kept *k, const struct work *w, const float *grad,
+                              float *grad_x, int64_t chunk) {
+    OF_BLOCK
+    uint16_t *added = w->gave[MLP_PROJ] + first * width, *slopes = w->gave[C_FC] + first * h;
+    added_rows(s, 1, first, count, grad, added);
+    multiply(count, s->hidden, width / 2, added, w->weights[MLP_PROJ], sums);
+    activate_rows_backward(s, count, k->h + first * h, sums, slopes);
+    multiply(count, width, h / 2, slopes, w->weights[C_FC], sums);
+    norm_rows_backward(s, 1, count, k->mid + first * width, k->stats[1] + 2 * first, sums, grad + first * width,
+                       grad_x + first * width, w->norm_sums[1] + chunk * 2 * width);
+    added = w->gave[ATTN_PROJ] + first * width;
+    added_rows(s, 0, first, count, grad_x, added);
+    multiply(count, read, width / 2, added, w->weights[ATTN_PROJ], sums);
+    round_rows(count, read, sums, NULL, w->grad_y + first * read);
+    into_panels(k->y + first * read, count, read, first, pairs(s), w->read);
+}
+
+/* And on to x. */
+static void back_to_x(const struct block *s, const struct kept *k, const struct work *w, const float *x, float *grad_x,
+                      int64_t chunk) {
+    OF_BLOCK
+    uint16_t *grad_qkv = w->gave[C_ATTN];
+    float *head_sums = w->head_sums + chunk * 2 * d;
+    memset(head_sums, 0, 2 * d * sizeof *head_sums);
+    if (s->heads.cos)
+        for (int64_t row = first; row < first + count; row++)
+            for (int64_t head = 0; head < turned_heads; head++) {
+                uint16_t *its = grad_qkv + row * qkv + head * d;
+                turn_head_backward(&s->heads, head, row % s->heads.length, k->qkv + row * qkv + head * d,
+                                   k->scales[row * turned_heads + head], its, its, head_sums);
+            }
+    multiply(count, width, qkv / 2, grad_qkv + first * qkv, w->weights[C_ATTN], sums);
+    norm_rows_backward(s, 0, count, x + first * width, k->stats[0] + 2 * first, sums, grad_x + first * width,
+                       grad_x + first * width, w->norm_sums[0] + chunk * 2 * width);
+    for (int64_t i = 0; i < LINEARS; i++)
+        sum_bias(s, w, i, first, count);
 }
 
 /* With x, what block_forward kept, and the gradient of what it gave: that of x, and of weights. */
 void block_backward(const struct block *s, const float *x, float *kept_memory, const float *grad, float *grad_x,
                     const struct gradients *to, float *work_memory) {
-    const int64_t width = s->width, qkv = outputs(s, C_ATTN), read = read_width(s), d = s->heads.head_dim;
-    const int64_t h = outputs(s, C_FC), turned_heads = s->heads.n_head + s->heads.n_kv;
+    const int64_t width = s->width, read = read_width(s), d = s->heads.head_dim;
     struct kept k = kept_in(s, kept_memory, &(int64_t){0});
     const struct work w = work_in(s, work_memory, &(int64_t){0}, 1);
+    uint16_t *grad_qkv = w.gave[C_ATTN];
     k.read[ATTN_PROJ] = w.read;
     lay_out_weights(s, &w, 1);
-    EACH_CHUNK {
-        OF_CHUNK
-        uint16_t *added = w.gave[MLP_PROJ] + first * width, *slopes = w.gave[C_FC] + first * h;
-        added_rows(s, 1, first, count, grad, added);
-        multiply(count, s->hidden, width / 2, added, w.weights[MLP_PROJ], sums);
-        activate_rows_backward(s, count, k.h + first * h, sums, slopes);
-        multiply(count, width, h / 2, slopes, w.weights[C_FC], sums);
-        norm_rows_backward(s, 1, count, k.mid + first * width, k.stats[1] + 2 * first, sums, grad + first * width,
-                           grad_x + first * width, w.norm_sums[1] + chunk * 2 * width);
-        added = w.gave[ATTN_PROJ] + first * width;
-        added_rows(s, 0, first, count, grad_x, added);
-        multiply(count, read, width / 2, added, w.weights[ATTN_PROJ], sums);
-        round_rows(count, read, sums, NULL, w.grad_y + first * read);
-        into_panels(k.y + first * read, count, read, first, pairs(s), w.read);
-    }
-    uint16_t *grad_qkv = w.gave[C_ATTN];
-    attention_backward(&s->attention, k.turned, k.turned + read, k.qkv + turned_width(s), k.y, k.logs, w.grad_y,
-                       grad_qkv, grad_qkv + read, grad_qkv + turned_width(s), w.attention);
-    EACH_CHUNK {
-        OF_CHUNK
-        float *head_sums = w.head_sums + chunk * 2 * d;
-        memset(head_sums, 0, 2 * d * sizeof *head_sums);
-        if (s->heads.cos)
-            for (int64_t row = first; row < first + count; row++)
-                for (int64_t head = 0; head < turned_heads; head++) {
-                    uint16_t *its = grad_qkv + row * qkv + head * d;
-                    turn_head_backward(&s->heads, head, row % s->heads.length, k.qkv + row * qkv + head * d,
-                                       k.scales[row * turned_heads + head], its, its, head_sums);
-                }
-        multiply(count, width, qkv / 2, grad_qkv + first * qkv, w.weights[C_ATTN], sums);
-        norm_rows_backward(s, 0, count, x + first * width, k.stats[0] + 2 * first, sums, grad_x + first * width,
-                           grad_x + first * width, w.norm_sums[0] + chunk * 2 * width);
-        for (int64_t i = 0; i < LINEARS; i++)
-            sum_bias(s, &w, i, first, count);
-    }
+    IN_ORDER(back_to_attention(s, &k, &w, grad, grad_x, chunk),
+             attend_backward(&s->attention, head, k.turned, k.turned + read, k.qkv + turned_width(s), k.y, k.logs,
+                             w.grad_y, grad_qkv, grad_qkv + read, grad_qkv + turned_width(s), w.attention),
+             back_to_x(s, &k, &w, x, grad_x, chunk))
     const struct parts parts = parts_of(s, outputs);
     EACH_PART for (int64_t part = 0; part < parts.begin[LINEARS]; part++) {
         const int64_t i = linear_of(&parts, part), first_row = (part - parts.begin[i]) * PANEL;

@@ -13,13 +13,14 @@ trains.
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from model import MLP, Block, CausalSelfAttention, LayerNorm, RMSNorm, rotate
+from model import GPT, MLP, Block, CausalSelfAttention, LayerNorm, RMSNorm, rotate
 from quartz import native
 from quartz.native import KINDS, at
 
@@ -340,6 +341,9 @@ class FastAttention(CausalSelfAttention):
         return super().attend(q, super().shared(k), super().shared(v), mask)
 
 
+POINTERS, GRADIENTS = 16, 14  # of what a block is given, and of what it gives back
+
+
 class BlockStruct(ctypes.Structure):
     """quartz/block.c's struct block. given: weights and biases of the four linear layers, those of the two norms."""
 
@@ -354,38 +358,61 @@ class BlockStruct(ctypes.Structure):
 
     def point_to(self, tensors: list[torch.Tensor | None]) -> None:
         """tensors: what `given` says; weights of the norms of queries and keys, cosines and sines."""
-        where, heads = pointers(tensors), self.heads
+        self.place(pointers(tensors))
+
+    def place(self, where: list[int | None]) -> None:
+        heads = self.heads
         self.given, (heads.q_weight, heads.k_weight, heads.cos, heads.sin) = tuple(where[:12]), where[12:]
+
+    def needs(self) -> list[int]:
+        """How many floats a forward pass keeps and works in, and a backward pass works in, with what it points to."""
+        needs = (ctypes.c_int64 * 3)()
+        in_c().block_sizes(ctypes.byref(self), needs)
+        return list(needs)
 
 
 def pointers(tensors: Iterable[torch.Tensor | None]) -> list[int | None]:
     return [t if t is None else t.data_ptr() for t in tensors]
 
 
-class BlockInC(torch.autograd.Function):
-    """A block of the network, x (B, T, C) float32, its products in bfloat16."""
+class BlocksInC(torch.autograd.Function):
+    """Blocks of the network, one behind the other, x (B, T, C) float32, their products in bfloat16."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, struct: BlockStruct, sizes: list[int], *tensors: torch.Tensor | None):
-        """tensors: see BlockStruct.point_to; sizes: see struct_of"""
-        x, tensors = x.contiguous(), [t if t is None else t.contiguous() for t in tensors]
-        struct.point_to(tensors)
-        y, kept, work = torch.empty_like(x), floats(sizes[0]), floats(sizes[1])
-        in_c().block_forward(ctypes.byref(struct), *at(x, y, kept, work))
-        ctx.struct, ctx.size = struct, sizes[2]
-        ctx.save_for_backward(x, kept, *tensors)
-        return y
+    def forward(ctx, x: torch.Tensor, structs: list[BlockStruct], keeps: bool, *tensors: torch.Tensor | None):
+        """tensors: POINTERS for each struct, see BlockStruct.point_to; keeps: whether a backward pass may come"""
+        tensors, x, library = [t if t is None else t.contiguous() for t in tensors], x.contiguous(), in_c()
+        work, saved = floats(max(struct.sizes[1] for struct in structs)), []
+        for nth, struct in enumerate(structs):
+            struct.point_to(tensors[POINTERS * nth : POINTERS * (nth + 1)])
+            y, kept = torch.empty_like(x), floats(struct.sizes[0])
+            library.block_forward(ctypes.byref(struct), *at(x, y, kept, work))
+            saved += [x, kept] if keeps else []
+            x = y
+        ctx.structs = structs
+        ctx.save_for_backward(*saved, *tensors)
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        x, kept, *tensors = ctx.saved_tensors
-        ctx.struct.point_to(tensors)
-        grad, work = grad.contiguous(), floats(ctx.size)
-        grads = [t if t is None else torch.empty_like(t) for t in (x, *tensors[:14])]
-        to = (ctypes.c_void_p * 14)(*pointers(grads[1:]))
-        in_c().block_backward(ctypes.byref(ctx.struct), *at(x, kept, grad, grads[0]), to, *at(work))
-        return grads[0], None, None, *grads[1:], None, None
+        structs, library, found = ctx.structs, in_c(), []
+        work, saved = floats(max(struct.sizes[2] for struct in structs)), ctx.saved_tensors
+        inner, tensors = saved[: 2 * len(structs)], saved[2 * len(structs) :]
+        for nth, struct in reversed([*enumerate(structs)]):
+            its, grad, grad_x = (
+                tensors[POINTERS * nth : POINTERS * (nth + 1)],
+                grad.contiguous(),
+                torch.empty_like(grad),
+            )
+            struct.point_to(its)
+            grads = [t if t is None else torch.empty_like(t) for t in its[:GRADIENTS]]
+            to = (ctypes.c_void_p * GRADIENTS)(*pointers(grads))
+            library.block_backward(
+                ctypes.byref(struct), *at(*inner[2 * nth : 2 * nth + 2], grad, grad_x), to, *at(work)
+            )
+            grad, found = grad_x, [*grads, None, None, *found]  # None: of cosines and sines
+        return grad, None, None, *found
 
 
 PIECE = 2**14  # numbers of which passes.c takes one sum
@@ -425,42 +452,58 @@ def block_pays() -> bool:
 
 
 @functools.lru_cache
-def struct_of(threads, B, T, n_head, n_kv, D, C, hidden, gated, centred, turns, p_attention, p, eps, head_eps):
-    """Without pointers and seeds. And how many floats a forward pass keeps, works in, and a backward pass works in."""
+def struct_of(threads, B, T, n_head, n_kv, D, C, hidden, gated, centred, p_attention, p, eps, head_eps, there):
+    """Without pointers and seeds, and what it needs. there: which of BlockStruct.point_to's tensors there are."""
     qkv, qk = (n_head + 2 * n_kv) * D, (n_head + n_kv) * D
-    of_q, of_v = ((T * wide, D, wide) for wide in (qk if turns else qkv, qkv))
+    of_q, of_v = ((T * wide, D, wide) for wide in (qk if there[-1] else qkv, qkv))
     struct = BlockStruct(
         Heads(threads, KINDS[torch.bfloat16], B, T, n_head, n_kv, D, head_eps),
         attention_of(threads, B, n_head, n_kv, T, D, share(p_attention), 0, [of_q, of_q, *[of_v] * 4]),
         *(C, hidden, gated, centred, share(p)[0], (0, 0), share(p)[1], eps),
     )
-    sizes = (ctypes.c_int64 * 3)()
-    in_c().block_sizes(ctypes.byref(struct), sizes)
-    return struct, list(sizes)
+    struct.place([int(is_there) or None for is_there in there])
+    return struct, struct.needs()
+
+
+def may_be_c(module: nn.Module) -> bool:
+    """Not in evaluation with gradients: who knows what is differentiated."""
+    is_usual = module.training or not torch.is_grad_enabled()
+    return is_usual and not torch.compiler.is_compiling() and block_pays()
 
 
 PLAIN = {(kind, torch.float32, True) for kind in (torch.Tensor, nn.Parameter)}
+SMALL = 2**31  # a network's weights, times the tokens
 METHODS = {"forward", "heads", "shared", "attend", "activate"}
+
+
+def is_bare(part: nn.Module) -> bool:
+    """Nobody looks at a module, or has put something in the place of one of its methods."""
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return not hooks and METHODS.isdisjoint(vars(part))
 
 
 class FastBlock(Block):
     def forward(self, x: torch.Tensor, rope=None, cache=None) -> torch.Tensor:
-        tensors, is_usual = None, self.training or not torch.is_grad_enabled()  # else who knows what is differentiated
-        if cache is None and is_usual and not torch.compiler.is_compiling() and block_pays():
-            tensors = self.for_c(x, rope)
+        tensors = self.for_c(x, rope) if cache is None and may_be_c(self) else None
         if tensors is None:
             return super().forward(x, rope, cache)
+        return BlocksInC.apply(x, [self.struct(x, tensors)], torch.is_grad_enabled(), *tensors)
+
+    def struct(self, x: torch.Tensor, tensors: list[torch.Tensor | None]) -> BlockStruct:
+        """Of a block that for_c finds fit, with new seeds."""
         attn, mlp, is_centred = self.attn, self.mlp, isinstance(self.ln_1, LayerNorm)
         p_attention, p = (attn.dropout, mlp.dropout.p) if self.training else (0.0, 0.0)
         heads = (attn.n_head, attn.n_kv, attn.head_dim, x.size(-1), mlp.c_proj.in_features, mlp.is_gated)
         eps = 1e-5 if is_centred else self.ln_1.eps, attn.q_norm.eps if attn.q_norm else 0.0
+        there = tuple([t is not None for t in tensors])
         template, sizes = struct_of(
-            torch.get_num_threads(), *x.shape[:2], *heads, is_centred, rope is not None, p_attention, p, *eps
+            torch.get_num_threads(), *x.shape[:2], *heads, is_centred, p_attention, p, *eps, there
         )
         struct = BlockStruct.from_buffer_copy(template)
+        struct.sizes = sizes
         struct.attention.seed = new_seed() if p_attention else 0  # drawn in the order of model.py's modules
         struct.seeds[:] = [new_seed() if p else 0 for _ in range(2)]
-        return BlockInC.apply(x, struct, sizes, *tensors)
+        return struct
 
     def for_c(self, x: torch.Tensor, rope) -> list[torch.Tensor | None] | None:
         """The weights and the tables of rotations, as BlockStruct.point_to wants them.
@@ -478,9 +521,7 @@ class FastBlock(Block):
         if [type(part) for part in parts] != kinds or kind not in (LayerNorm, FastRMSNorm):
             return None
         for part in (attn, mlp, *parts):
-            if part.training != self.training or not METHODS.isdisjoint(vars(part)):
-                return None
-            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            if part.training != self.training or not is_bare(part):
                 return None
         epses = [*(norm.eps for norm in norms if kind is FastRMSNorm)], [norm.eps for norm in head_norms]
         if drops[0].p != drops[1].p or any(len(set(eps)) > 1 for eps in epses):
@@ -502,7 +543,26 @@ class FastBlock(Block):
         return tensors if (x.__class__, x.dtype, x.is_cpu) in PLAIN else None
 
 
+class FastGPT(GPT):
+    def _hidden(self, idx: torch.Tensor, position: torch.Tensor, cache=None) -> torch.Tensor:
+        """Of a small network all blocks are computed at once, since to get from one to the next takes time too."""
+        blocks, c = self.transformer.h, self.config
+        is_small = 12 * c.n_layer * c.n_embd**2 * idx.numel() < SMALL  # what is at once keeps its gradients for as long
+        if cache is not None or self.activation_checkpointing or not is_small or not may_be_c(self):
+            return super()._hidden(idx, position, cache)
+        x, rope = self.embed(idx, position)
+        tensors = [block.for_c(x, rope) if type(block) is FastBlock and is_bare(block) else None for block in blocks]
+        if all(tensors):
+            structs = [block.struct(x, its) for block, its in zip(blocks, tensors, strict=True)]
+            x = BlocksInC.apply(x, structs, torch.is_grad_enabled(), *itertools.chain(*tensors))
+        else:
+            for block in blocks:
+                x = block(x, rope)
+        return self.transformer.ln_f(x)
+
+
 FASTER = {
+    GPT: FastGPT,
     Block: FastBlock,
     RMSNorm: FastRMSNorm,
     nn.Dropout: FastDropout,

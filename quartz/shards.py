@@ -217,16 +217,18 @@ class Split:
         batch = [*self.windows(starts, block_size)]
         return [*batch, self.weights(starts, block_size)] if self.is_weighted else batch
 
-    def evaluation_batches(self, most: int, batch_size: int, block_size: int) -> tuple[list[np.ndarray], int | None]:
-        """The starts of up to `most` micro-batches, spread evenly and the same each time; and what the sum of their
-        losses is divided by, which is None where their mean is taken. Raises UserError where none holds a target.
+    def evaluation_batches(
+        self, most: int, batch_size: int, block_size: int, together: int
+    ) -> tuple[list[np.ndarray], int]:
+        """The starts of the windows of up to `most` micro-batches, spread evenly, always the same, `together` at once;
+        and what the sum of their losses is divided by. Raises UserError where none holds a target.
         """
         batches = min(most, math.ceil((len(self) - 1) / (batch_size * block_size)))
         starts = evaluation_starts(len(self), block_size, batches * batch_size, self.row)
-        divisor = self.count_targets(starts, block_size) if self.is_weighted else None
+        divisor = self.count_targets(starts, block_size) if self.is_weighted else len(starts) * block_size
         if divisor == 0:
             raise UserError(f"no token of {self.name} that is evaluated is a target: raise eval_iters")
-        return [starts[first : first + batch_size] for first in range(0, len(starts), batch_size)], divisor
+        return [starts[first : first + together] for first in range(0, len(starts), together)], divisor
 
     def weights(self, starts: np.ndarray, block_size: int) -> torch.Tensor:
         """What the targets of these windows count, (B, T) float32: 1, or 0 where the mask has 0."""
