@@ -29,19 +29,20 @@ INLINE int64_t begins(const struct attention *s, int64_t which, int64_t head) {
 
 INLINE int64_t stride(const struct attention *s, int64_t which) { return s->strides[which][2]; }
 
-/* c (rows, columns) = or += a (rows, 2 n) b (2 n, columns); rows a multiple of 8, columns of 16; strides in pairs. */
-INLINE void product(int64_t rows, int64_t columns, int64_t n, const pair *a, int64_t a_stride, const pair *b,
-                    int64_t b_stride, float *c, int64_t c_stride, const int adds) {
+/* c (rows, columns) = or += a (rows, 2 n) b (2 n, columns); rows a multiple of 8, columns of 16; strides in pairs, a's from
+   a row and from a pair to the next. */
+INLINE void product(int64_t rows, int64_t columns, int64_t n, const pair *a, int64_t a_row, int64_t a_next,
+                    const pair *b, int64_t b_stride, float *c, int64_t c_stride, const int adds) {
     int64_t j = 0;
     for (; j + 4 * WIDTH <= columns; j += 4 * WIDTH)
         for (int64_t r = 0; r < rows; r += 4)
-            tile(4, 4, n, a + r * a_stride, a_stride, 1, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(4, 4, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
     for (; j + 2 * WIDTH <= columns; j += 2 * WIDTH)
         for (int64_t r = 0; r < rows; r += 8)
-            tile(8, 2, n, a + r * a_stride, a_stride, 1, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(8, 2, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
     for (; j < columns; j += WIDTH)
         for (int64_t r = 0; r < rows; r += 8)
-            tile(8, 1, n, a + r * a_stride, a_stride, 1, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(8, 1, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -62,17 +63,6 @@ static void copy_rows(const uint16_t *from, int64_t stride, int64_t T, int64_t P
 /* rows (P, d) as the right side of x @ rows.T: pairs (d / 2, P) */
 static void turned(const uint16_t *rows, int64_t P, int64_t d, pair *to) {
     transpose(P, d / 2, (const pair *)rows, d / 2, to, P);
-}
-
-/* rows (P, d) as columns (d, P); `work` is as large */
-static void turned_whole(const uint16_t *rows, int64_t P, int64_t d, pair *work, uint16_t *to) {
-    turned(rows, P, d, work);
-    for (int64_t c = 0; c < d; c += 2)
-        for (int64_t t = 0; t < P; t += WIDTH) {
-            const bits its = *(const bits_at *)(work + c / 2 * P + t);
-            *(halves_at *)(to + c * P + t) = __builtin_convertvector(its, halves_at);
-            *(halves_at *)(to + (c + 1) * P + t) = __builtin_convertvector(its >> 16, halves_at);
-        }
 }
 
 /* The first columns of rows (P, d) as the right side of x @ rows: pairs (P / 2, d) */
@@ -101,7 +91,7 @@ int64_t scratch(const struct attention *s) {
 static void attend(const struct attention *s, int64_t g, const uint16_t *q, const uint16_t *k, const uint16_t *v,
                    uint16_t *y, float *logs, float *work) {
     const int64_t T = s->length, P = padded(T), d = s->head_dim, each = s->n_head / s->n_kv;
-    const float scale = 1 / sqrtf(d);
+    const float scale = 1 / sqrtf(d), binary = scale * (float)M_LOG2E;
     float *scores = work + omp_get_thread_num() * scratch(s), *sums = scores + BLOCK * P, *reads = sums + BLOCK;
     pair *keys = (pair *)(reads + BLOCK * d), *values = keys + P * d / 2;
     uint16_t *rows = (uint16_t *)(values + P * d / 2), *weights = rows + P * d;
@@ -114,7 +104,7 @@ static void attend(const struct attention *s, int64_t g, const uint16_t *q, cons
         copy_rows(q + begins(s, Q, head), stride(s, Q), T, P, d, rows);
         for (int64_t first = 0; first < T; first += BLOCK) {
             const int64_t seen = first + BLOCK;
-            product(BLOCK, seen, d / 2, (pair *)(rows + first * d), d / 2, keys, P, scores, P, 0);
+            product(BLOCK, seen, d / 2, (pair *)(rows + first * d), d / 2, 1, keys, P, scores, P, 0);
             for (int64_t t = first; t < seen; t++) {
                 float *its = scores + (t - first) * P;
                 vec most = (vec){} + its[0], sum = {};
@@ -127,7 +117,7 @@ static void attend(const struct attention *s, int64_t g, const uint16_t *q, cons
                 }
                 const float highest = largest(most);
                 for (int64_t i = 0; i < seen; i += WIDTH) {
-                    vec weight = exponential((load(FLOAT32, its, i) - highest) * scale);
+                    vec weight = power_of_two((load(FLOAT32, its, i) - highest) * binary);
                     if (i + WIDTH > t + 1)
                         weight = (vec)((ints)weight & (places() + (int32_t)i <= (int32_t)t));
                     sum += weight;
@@ -139,7 +129,7 @@ static void attend(const struct attention *s, int64_t g, const uint16_t *q, cons
                 if (t < T)
                     logs[head * T + t] = highest * scale + logf(sums[t - first]);
             }
-            product(BLOCK, d, seen / 2, (pair *)weights, P / 2, values, d, reads, d, 0);
+            product(BLOCK, d, seen / 2, (pair *)weights, P / 2, 1, values, d, reads, d, 0);
             for (int64_t t = first; t < seen && t < T; t++) {
                 const int64_t at = ((head / s->n_head * T + t) * s->n_head + head % s->n_head) * d;
                 const float share = 1 / sums[t - first];
@@ -169,17 +159,18 @@ static void attend_backward(const struct attention *s, int64_t g, const uint16_t
                             const uint16_t *y, const float *logs, const uint16_t *grad, uint16_t *grad_q,
                             uint16_t *grad_k, uint16_t *grad_v, float *work) {
     const int64_t T = s->length, P = padded(T), d = s->head_dim, each = s->n_head / s->n_kv, all = s->n_head * d;
-    const float scale = 1 / sqrtf(d);
+    const float scale = 1 / sqrtf(d), binary = scale * (float)M_LOG2E;
     float *scores = work + omp_get_thread_num() * scratch(s), *slopes = scores + BLOCK * P;
     float *sum_k = slopes + BLOCK * P, *sum_v = sum_k + P * d, *sum_q = sum_v + P * d;
     float *lows = sum_q + P * d, *parts = lows + P;
     pair *queries = (pair *)(parts + P), *query_pairs = queries + P * d / 2;
     pair *grads = query_pairs + P * d / 2, *grad_pairs = grads + P * d / 2, *slope_pairs = grad_pairs + P * d / 2;
-    uint16_t *keys = (uint16_t *)(slope_pairs + BLOCK / 2 * P), *values = keys + P * d, *columns = values + P * d;
-    uint16_t *weights = columns + P * d, *slope_rows = weights + BLOCK * P, *rows = slope_rows + BLOCK * P;
+    uint16_t *keys = (uint16_t *)(slope_pairs + BLOCK / 2 * P), *values = keys + P * d;
+    pair *key_pairs = (pair *)(values + P * d);
+    uint16_t *weights = (uint16_t *)(key_pairs + P * d / 2), *slope_rows = weights + BLOCK * P, *rows = slope_rows + BLOCK * P;
     copy_rows(k + begins(s, K, g), stride(s, K), T, P, d, keys);
     copy_rows(v + begins(s, V, g), stride(s, V), T, P, d, values);
-    turned_whole(keys, P, d, queries, columns);
+    paired(keys, P, d, d, key_pairs);
     for (int64_t head = g * each; head < (g + 1) * each; head++) {
         const uint32_t seed = seed_from(s->seed, head);
         const int64_t at = head / s->n_head * T * all + head % s->n_head * d;
@@ -195,17 +186,16 @@ static void attend_backward(const struct attention *s, int64_t g, const uint16_t
                 for (int64_t i = 0; i < d; i += WIDTH)
                     along += load(BFLOAT16, rows, t * d + i) * load(BFLOAT16, y, at + t * all + i);
             parts[t] = total(along);
-            lows[t] = t < T ? logs[head * T + t] : INFINITY;
+            lows[t] = t < T ? logs[head * T + t] * (float)M_LOG2E : INFINITY;
         }
         const int64_t more = head > g * each; /* of those that share these keys and values */
         for (int64_t first = 0; first < T; first += BLOCK) {
             const int64_t count = P - first; /* queries that may see these keys */
-            product(BLOCK, count, d / 2, (pair *)(keys + first * d), d / 2, queries + first, P, scores, P, 0);
-            product(BLOCK, count, d / 2, (pair *)(values + first * d), d / 2, grads + first, P, slopes, P, 0);
+            product(BLOCK, count, d / 2, (pair *)(keys + first * d), d / 2, 1, queries + first, P, scores, P, 0);
+            product(BLOCK, count, d / 2, (pair *)(values + first * d), d / 2, 1, grads + first, P, slopes, P, 0);
             for (int64_t r = 0; r < BLOCK; r++)
                 for (int64_t i = 0; i < count; i += WIDTH) {
-                    vec weight = load(FLOAT32, scores, r * P + i) * scale - load(FLOAT32, lows, first + i);
-                    weight = exponential(weight);
+                    vec weight = power_of_two(load(FLOAT32, scores, r * P + i) * binary - load(FLOAT32, lows, first + i));
                     if (i < r)
                         weight = (vec)((ints)weight & (places() + (int32_t)i >= (int32_t)r));
                     vec slope = load(FLOAT32, slopes, r * P + i), left = weight;
@@ -219,13 +209,12 @@ static void attend_backward(const struct attention *s, int64_t g, const uint16_t
                     give(BFLOAT16, slope_rows, r * P + i, weight * (slope - load(FLOAT32, parts, first + i)), WIDTH);
                 }
             paired(slope_rows, BLOCK, count, P, slope_pairs);
-            product(BLOCK, d, count / 2, (pair *)weights, P / 2, grad_pairs + first / 2 * d, d, sum_v + first * d, d, more);
-            product(BLOCK, d, count / 2, (pair *)slope_rows, P / 2, query_pairs + first / 2 * d, d, sum_k + first * d,
+            product(BLOCK, d, count / 2, (pair *)weights, P / 2, 1, grad_pairs + first / 2 * d, d, sum_v + first * d, d, more);
+            product(BLOCK, d, count / 2, (pair *)slope_rows, P / 2, 1, query_pairs + first / 2 * d, d, sum_k + first * d,
                     d, more);
-            product(d, count, BLOCK / 2, (pair *)(columns + first), P / 2, slope_pairs, P, sum_q + first, P, first > 0);
+            product(count, d, BLOCK / 2, slope_pairs, 1, P, key_pairs + first / 2 * d, d, sum_q + first * d, d, first > 0);
         }
-        transpose(d, P, (const pair *)sum_q, P, queries, d);
-        give_rows((float *)queries, scale, T, d, grad_q + begins(s, GRAD_Q, head), stride(s, GRAD_Q));
+        give_rows(sum_q, scale, T, d, grad_q + begins(s, GRAD_Q, head), stride(s, GRAD_Q));
     }
     give_rows(sum_k, scale, T, d, grad_k + begins(s, GRAD_K, g), stride(s, GRAD_K));
     give_rows(sum_v, 1, T, d, grad_v + begins(s, GRAD_V, g), stride(s, GRAD_V));

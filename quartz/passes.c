@@ -53,7 +53,7 @@ void norm_backward(int64_t threads, int64_t kind, int64_t n, int64_t width, cons
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* SwiGLU: y = silu(gate) * up, of rows that hold both */
 
-INLINE vec logistic(vec x) { return inverse(1.0f + exponential(-x)); }
+INLINE vec logistic(vec x) { return inverse(1.0f + power_of_two(x * -1.4426950409f)); }
 INLINE vec silu(vec gate) { return gate * logistic(gate); }
 INLINE vec swiglu(vec gate, vec up) { return silu(gate) * up; }
 
@@ -87,7 +87,7 @@ void swiglu_backward(int64_t threads, int64_t kind, int64_t n, int64_t hidden, c
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* GELU in GPT-2's form by tanh: y = 0.5 x (1 + tanh u) = x * share, share = 1 / (1 + exp(-2 u)) */
 
-INLINE vec gelu_share(vec x) { return logistic(x * (1.5957691216f + 0.0713548163f * x * x)); }
+INLINE vec gelu_share(vec x) { return inverse(1.0f + power_of_two(x * (-2.3022081985f - 0.1029432396f * x * x))); }
 INLINE vec gelu(vec x) { return x * gelu_share(x); }
 
 INLINE vec gelu_slope(vec x) {
