@@ -400,17 +400,12 @@ class BlocksInC(torch.autograd.Function):
         work, saved = floats(max(struct.sizes[2] for struct in structs)), ctx.saved_tensors
         inner, tensors = saved[: 2 * len(structs)], saved[2 * len(structs) :]
         for nth, struct in reversed([*enumerate(structs)]):
-            its, grad, grad_x = (
-                tensors[POINTERS * nth : POINTERS * (nth + 1)],
-                grad.contiguous(),
-                torch.empty_like(grad),
-            )
+            (x, kept), its = inner[2 * nth : 2 * nth + 2], tensors[POINTERS * nth : POINTERS * (nth + 1)]
             struct.point_to(its)
+            grad, grad_x = grad.contiguous(), torch.empty_like(x)
             grads = [t if t is None else torch.empty_like(t) for t in its[:GRADIENTS]]
             to = (ctypes.c_void_p * GRADIENTS)(*pointers(grads))
-            library.block_backward(
-                ctypes.byref(struct), *at(*inner[2 * nth : 2 * nth + 2], grad, grad_x), to, *at(work)
-            )
+            library.block_backward(ctypes.byref(struct), *at(x, kept, grad, grad_x), to, *at(work))
             grad, found = grad_x, [*grads, None, None, *found]  # None: of cosines and sines
         return grad, None, None, *found
 
@@ -552,7 +547,7 @@ class FastGPT(GPT):
             return super()._hidden(idx, position, cache)
         x, rope = self.embed(idx, position)
         tensors = [block.for_c(x, rope) if type(block) is FastBlock and is_bare(block) else None for block in blocks]
-        if all(tensors):
+        if tensors and all(tensors):
             structs = [block.struct(x, its) for block, its in zip(blocks, tensors, strict=True)]
             x = BlocksInC.apply(x, structs, torch.is_grad_enabled(), *itertools.chain(*tensors))
         else:
