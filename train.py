@@ -172,10 +172,10 @@ def get_lr(iteration: int, decay_iters: int) -> float:
 @torch.no_grad()
 def estimate_loss(model: GPT, splits: dict, T: int, autocast, place, processes, signals) -> dict[str, float] | None:
     """The mean loss over fixed windows of each split, shared out among the processes; None where told to stop."""
-    losses, together = {}, max(batch_size, 4096 // T) if place.type == "cpu" else batch_size  # a GPU has compiled that
+    losses, rows = {}, shards.EVALUATED_AT_ONCE // T if place.type == "cpu" else 0  # a GPU has compiled micro-batches
     model.eval()
     for name, split in splits.items():
-        parts, divisor = split.evaluation_batches(eval_iters, batch_size, T, together)
+        parts, divisor = split.evaluation_batches(eval_iters, batch_size, T, max(batch_size, rows))
         total = torch.zeros((), device=place)
         for first in range(0, len(parts), processes.world_size):
             if signals.count and processes.world_size == 1:

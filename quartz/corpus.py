@@ -74,7 +74,7 @@ class Recipe:
     val_share: float = 0.1
     shard_tokens: int = 10**8
     workers: int = 0  # 0: as many as there are cores
-    training_chars: int = 0  # that a BPE is trained on, at the most; 0 is TRAINING_CHARS
+    training_chars: int = 0  # that a BPE is trained on, up to a passage more; 0 is TRAINING_CHARS
 
     def problems(self) -> list[str]:
         """One line for everything that is wrong."""
@@ -319,6 +319,8 @@ class Preparation:
             self.passage = max(SHORTEST_PASSAGE, min(PASSAGE, size // PASSAGES_OF_A_FILE))
         self.workers = recipe.workers or threads.cores()
         told = [dataclasses.asdict(dataclasses.replace(recipe, workers=0))]
+        if told[0]["training_chars"] in (0, TRAINING_CHARS):
+            del told[0]["training_chars"]  # as in notes from before there was a choice
         told += [validation, [str(path.resolve()) for path in paths], self.stamps]
         told += [sys.version_info[:2]]  # how far a .gz file is read at a time differs, and so where a part ends
         self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -546,7 +546,10 @@ class FastGPT(GPT):
         if cache is not None or self.activation_checkpointing or not is_small or not may_be_c(self):
             return super()._hidden(idx, position, cache)
         x, rope = self.embed(idx, position)
-        tensors = [block.for_c(x, rope) if type(block) is FastBlock and is_bare(block) else None for block in blocks]
+        # At once they are all differentiated: the first ones too, where none of their weights is trained
+        fit = [type(block) is FastBlock and is_bare(block) and block.training == self.training for block in blocks]
+        is_wanted = all(fit) and (x.requires_grad or not torch.is_grad_enabled())
+        tensors = [block.for_c(x, rope) for block in blocks] if is_wanted else []
         if tensors and all(tensors):
             structs = [block.struct(x, its) for block, its in zip(blocks, tensors, strict=True)]
             x = BlocksInC.apply(x, structs, torch.is_grad_enabled(), *itertools.chain(*tensors))

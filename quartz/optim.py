@@ -53,7 +53,7 @@ def adamw_step(optimizer: torch.optim.Optimizer, group: dict) -> None:
         if not optimizer.state[p]:
             zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             counts_on = p.device if group["fused"] else "cpu"  # as torch's own
-            optimizer.state[p] = {"step": torch.zeros((), device=counts_on), **zeros}
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=counts_on), **zeros}
     grads, states = [p.grad for p in parameters], [optimizer.state[p] for p in parameters]
     steps, means, squares = ([state[key] for state in states] for key in moment_names(group))
     (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
@@ -73,8 +73,9 @@ class AdamW(torch.optim.AdamW):
     )
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        assert closure is None, "no closure is called"
+    def step(self, closure=None):
+        if closure is not None or any(group["amsgrad"] or group["maximize"] for group in self.param_groups):
+            return super().step(closure)  # what no run here asks for
         for group in self.param_groups:
             adamw_step(self, group)
 

@@ -38,6 +38,7 @@ from quartz.tokenizer import GPT2Tokenizer, check_data
 HEADER_MAGIC, HEADER_INTS = 20240520, 256  # llm.c's shards: 256 int32 (magic, version, count, 0 …), then uint16 tokens
 GPT2_ROWS, ROUND_VOCABULARY_TO = 50304, 64  # products of even sizes are faster; GPT-2's 50257 rows become 50304
 SCAN_TOKENS = 2**26  # of a split, looked at before a run starts; every batch is checked as it is read
+EVALUATED_AT_ONCE = 4096  # tokens, at least, on a CPU
 STARTS_AT_ONCE = 64  # micro-batches whose places are found together: it takes hardly longer than for one
 MAPPED = 32  # files of a split at a time, of its masks as many: each holds a file handle, of which there may be 256
 _MASK = 2**64 - 1

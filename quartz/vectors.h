@@ -119,12 +119,12 @@ INLINE vec instead(ints where, float number, vec x) {
     return (vec)((where & (ints)((vec){} + number)) | (~where & (ints)x));
 }
 
-/* Between -87 and 88, and what is no number as it is. */
-INLINE vec within_reach(vec x) {
+/* Between low and high, and what is no number as it is. */
+INLINE vec within(float low, float high, vec x) {
 #if defined(__AVX512F__) /* by name: gcc compares and blends */
-    return (vec)_mm512_min_ps(_mm512_set1_ps(88), _mm512_max_ps(_mm512_set1_ps(-87), (__m512)x));
+    return (vec)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
 #else
-    return instead(x > 88.0f, 88.0f, instead(x < -87.0f, -87.0f, x));
+    return instead(x > high, high, instead(x < low, low, x));
 #endif
 }
 
@@ -140,7 +140,7 @@ INLINE vec scaled(vec p, vec n) {
 /* e to the power of each number, to 2 units in the last place: 2^n times a polynomial (Cephes' expf). */
 INLINE vec exponential(vec x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken off, it rounds to whole numbers */
-    x = within_reach(x);
+    x = within(-87, 88, x);
     vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -152,11 +152,11 @@ INLINE vec exponential(vec x) {
     return scaled(p, n);
 }
 
-/* 2 to the power of each number, to 2 units in the last place, in less time: for training. The polynomial is the best of its
+/* 2 to the power of each number from -126 to 127, to 2 units in the last place, in less time: for training. The polynomial is the best of its
    degree for relative errors between -1/2 and 1/2. */
 INLINE vec power_of_two(vec x) {
     const float magic = 12582912.0f;
-    x = within_reach(x);
+    x = within(-126, 127, x);
     vec shifted = x + magic, n = shifted - magic, r = x - n;
     vec p = r * 1.3276466635e-3f + 9.6755418926e-3f;
     p = p * r + 5.5507134646e-2f;

@@ -50,10 +50,10 @@ def test_torch_computes_on_lists_of_tensors():
 def test_torchs_adamw_is_the_same_without_what_it_is_wrapped_in():
     """inspect.unwrap on the methods of torch.optim.AdamW: ours, which load no compiler."""
 
-    def trained(kind):
+    def trained(kind, **how):
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
-        updater = kind([{"params": weights[:1], "weight_decay": 0.1}], lr=0.1, betas=(0.8, 0.9), fused=True)
+        updater = kind([{"params": weights[:1], "weight_decay": 0.1}], lr=0.1, betas=(0.8, 0.9), fused=True, **how)
         updater.add_param_group({"params": weights[1:], "weight_decay": 0.0})
         for turn in range(4):
             if turn == 2:
@@ -68,6 +68,8 @@ def test_torchs_adamw_is_the_same_without_what_it_is_wrapped_in():
         return torch.stack([w.detach() for w in weights])
 
     assert torch.equal(trained(AdamW), trained(torch.optim.AdamW))
+    for other in ({"maximize": True}, {"amsgrad": True}):
+        assert torch.equal(trained(AdamW, **other), trained(torch.optim.AdamW, **other))
 
 
 def test_torchs_adamw_is_a_function_too():
