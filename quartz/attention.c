@@ -72,7 +72,7 @@ static void paired(const uint16_t *rows, int64_t P, int64_t columns, int64_t d, 
             *(ints_at *)(to + t / 2 * d + c) = pair_of_rows(rows + t * d + c, d, 0);
 }
 
-/* Floats that a thread needs to work in: as attention_backward shares them out; attention_forward needs fewer. */
+/* Floats that a thread needs to work in: as attend_backward shares them out; attend needs fewer. */
 int64_t scratch(const struct attention *s) {
     const int64_t P = padded(s->length), d = s->head_dim;
     return 7 * P * d + 4 * BLOCK * P + 2 * P;
@@ -153,7 +153,7 @@ static void give_rows(const float *rows, float factor, int64_t T, int64_t d, uin
             give(BFLOAT16, to, t * stride + i, load(FLOAT32, rows, t * d + i) * factor, WIDTH);
 }
 
-/* With what attention_forward took and gave, and y's gradient: those of q, k and v. The weights are computed with keys as
+/* With what attend took and gave, and y's gradient: those of q, k and v. The weights are computed with keys as
    rows; each query's part of the softmax's own gradient is the product of its y and y's gradient. */
 static void attend_backward(const struct attention *s, int64_t g, const uint16_t *q, const uint16_t *k, const uint16_t *v,
                             const uint16_t *y, const float *logs, const uint16_t *grad, uint16_t *grad_q,

@@ -379,12 +379,9 @@ INLINE int64_t by_sequence(const struct block *s) {
             CHUNK_AFTER;                                                                                               \
     }
 
-#define OF_BLOCK                                                                                                       \
-    const int64_t width = s->width, qkv = outputs(s, C_ATTN), read = read_width(s), d = s->heads.head_dim;             \
-    const int64_t h = outputs(s, C_FC), turned_heads = s->heads.n_head + s->heads.n_kv;                                \
-    const int64_t first = chunk * CHUNK, count = least(CHUNK, tokens(s) - first);                                      \
-    float *sums = w->own + omp_get_thread_num() * w->each;                                                             \
-    (void)qkv, (void)read, (void)d, (void)h, (void)turned_heads;
+#define OF_CHUNK                                                                                                       \
+    const int64_t width = s->width, first = chunk * CHUNK, count = least(CHUNK, tokens(s) - first);                    \
+    float *sums = w->own + omp_get_thread_num() * w->each;
 
 /* Behind `sums`, as many halves twice. */
 INLINE uint16_t *halves(const struct block *s, float *sums, int64_t nth) {
@@ -394,7 +391,8 @@ INLINE uint16_t *halves(const struct block *s, float *sums, int64_t nth) {
 /* A chunk, up to queries, keys and values. */
 static void before_attention(const struct block *s, const struct kept *k, const struct work *w, const float *x,
                              int64_t chunk) {
-    OF_BLOCK
+    OF_CHUNK
+    const int64_t qkv = outputs(s, C_ATTN), d = s->heads.head_dim, turned_heads = s->heads.n_head + s->heads.n_kv;
     uint16_t *rows = halves(s, sums, 0);
     norm_rows(s, 0, count, x + first * width, k->stats[0] + 2 * first, rows);
     into_panels(rows, count, width, first, pairs(s), k->read[C_ATTN]);
@@ -410,7 +408,8 @@ static void before_attention(const struct block *s, const struct kept *k, const 
 /* And from what was read by attention to the end. */
 static void after_attention(const struct block *s, const struct kept *k, const struct work *w, const float *x, float *to,
                             int64_t chunk) {
-    OF_BLOCK
+    OF_CHUNK
+    const int64_t read = read_width(s), h = outputs(s, C_FC);
     uint16_t *rows = halves(s, sums, 0), *active = halves(s, sums, 1);
     multiply(count, width, read / 2, k->y + first * read, w->weights[ATTN_PROJ], sums);
     add_rows(s, 0, first, count, sums, s->biases[ATTN_PROJ], x, k->mid);
@@ -438,7 +437,8 @@ void block_forward(const struct block *s, const float *x, float *to, float *kept
 /* Back from the end to attention, for a chunk; grad_x is not all of it yet. */
 static void back_to_attention(const struct block *s, const struct kept *k, const struct work *w, const float *grad,
                               float *grad_x, int64_t chunk) {
-    OF_BLOCK
+    OF_CHUNK
+    const int64_t read = read_width(s), h = outputs(s, C_FC);
     uint16_t *added = w->gave[MLP_PROJ] + first * width, *slopes = w->gave[C_FC] + first * h;
     added_rows(s, 1, first, count, grad, added);
     multiply(count, s->hidden, width / 2, added, w->weights[MLP_PROJ], sums);
@@ -456,7 +456,8 @@ static void back_to_attention(const struct block *s, const struct kept *k, const
 /* And on to x. */
 static void back_to_x(const struct block *s, const struct kept *k, const struct work *w, const float *x, float *grad_x,
                       int64_t chunk) {
-    OF_BLOCK
+    OF_CHUNK
+    const int64_t qkv = outputs(s, C_ATTN), d = s->heads.head_dim, turned_heads = s->heads.n_head + s->heads.n_kv;
     uint16_t *grad_qkv = w->gave[C_ATTN];
     float *head_sums = w->head_sums + chunk * 2 * d;
     memset(head_sums, 0, 2 * d * sizeof *head_sums);
