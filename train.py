@@ -311,7 +311,7 @@ def train(processes: ranks.Processes, place: torch.device, begin: str) -> None:
             with autocast:
                 divisor = None if targets is None else targets / processes.world_size
                 micro_loss = model(*batch, divisor=divisor, return_logits=False)[1]
-            if targets is None:  # the mean of means
+            if targets is None and micro_steps > 1:  # the mean of means
                 micro_loss = micro_loss / micro_steps
             nth += processes.world_size
             if micro_step + 1 < micro_steps or iter_num + 1 < iters:

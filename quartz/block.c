@@ -51,11 +51,10 @@ INLINE void *part_of(float *memory, int64_t *used, int64_t floats) {
     return part;
 }
 
-/* What the backward pass needs of the forward pass: `read` is what a linear layer read, in panels; of ATTN_PROJ it is y. */
+/* What the backward pass needs of the forward pass, but for what it soon has once more: what norms and activations gave. */
 struct kept {
     float *mid, *stats[2], *scales, *logs;
     uint16_t *qkv, *turned, *y, *h;
-    pair *read[LINEARS];
 };
 
 static struct kept kept_in(const struct block *s, float *memory, int64_t *used) {
@@ -73,16 +72,13 @@ static struct kept kept_in(const struct block *s, float *memory, int64_t *used) 
     }
     k.y = part_of(memory, used, n * read_width(s) / 2);
     k.h = part_of(memory, used, n * outputs(s, C_FC) / 2);
-    for (int64_t i = 0; i < LINEARS; i++)
-        if (i != ATTN_PROJ)
-            k.read[i] = part_of(memory, used, pairs(s) * inputs(s, i));
     return k;
 }
 
-/* What a pass works in: weights in panels, and each thread's own. The rest is the backward pass's: the gradients of what
-   linear layers gave, and sums over chunks. */
+/* What a pass works in: weights in panels, and each thread's own. The rest is the backward pass's: what linear layers read,
+   in panels, the gradients of what they gave, and sums over chunks. */
 struct work {
-    pair *weights[LINEARS], *read;
+    pair *weights[LINEARS], *read[LINEARS];
     uint16_t *gave[LINEARS], *grad_y;
     float *attention, *own, *bias_sums[LINEARS], *norm_sums[2], *head_sums;
     int64_t each; /* floats a thread */
@@ -103,12 +99,12 @@ static struct work work_in(const struct block *s, float *memory, int64_t *used, 
     w.attention = part_of(memory, used, s->heads.threads * scratch(&s->attention));
     if (is_backward) {
         for (int64_t i = 0; i < LINEARS; i++) {
+            w.read[i] = part_of(memory, used, pairs(s) * inputs(s, i));
             w.gave[i] = part_of(memory, used, tokens(s) * outputs(s, i) / 2);
             w.bias_sums[i] = part_of(memory, used, s->biases[i] ? chunks(s) * outputs(s, i) : 0);
         }
         for (int64_t i = 0; i < 2; i++)
             w.norm_sums[i] = part_of(memory, used, chunks(s) * 2 * s->width);
-        w.read = part_of(memory, used, pairs(s) * read_width(s));
         w.head_sums = part_of(memory, used, chunks(s) * 2 * s->heads.head_dim);
         w.grad_y = part_of(memory, used, tokens(s) * read_width(s) / 2);
     }
@@ -242,21 +238,23 @@ static void norm_rows(const struct block *s, int64_t which, int64_t count, const
             stats[0] = 0, stats[1] = rms_norm(x, s->norms[which], width, s->eps, BFLOAT16, y, 0);
 }
 
-/* to = beside + x's gradient, with that of y; sums (2, width): the gradients of weight and bias. */
+/* to = beside + x's gradient, with that of y; sums (2, width): the gradients of weight and bias. And y once more. */
 static void norm_rows_backward(const struct block *s, int64_t which, int64_t count, const float *x, const float *stats,
-                               const float *grad, const float *beside, float *to, float *sums) {
+                               const float *grad, const float *beside, float *to, float *sums, uint16_t *y) {
     const int64_t width = s->width;
-    const float *weight = s->norms[which];
+    const float *weight = s->norms[which], *bias = s->norm_biases[which];
     memset(sums, 0, 2 * width * sizeof *sums);
-    for (int64_t r = 0; r < count; r++, x += width, grad += width, beside += width, to += width) {
+    for (int64_t r = 0; r < count; r++, x += width, grad += width, beside += width, to += width, y += width) {
         const float mean = stats[2 * r], scale = stats[2 * r + 1];
         vec along = {}, all = {};
         EACH_VECTOR(i, width) {
             vec unit = (load(FLOAT32, x, i) - mean) * scale, its = load(FLOAT32, grad, i);
+            vec factor = load(FLOAT32, weight, i), given = unit * factor;
             put(sums + i, load(FLOAT32, sums, i) + its * unit, WIDTH);
-            if (s->norm_biases[which])
+            if (bias)
                 put(sums + width + i, load(FLOAT32, sums, width + i) + its, WIDTH);
-            its *= load(FLOAT32, weight, i);
+            give(BFLOAT16, y, i, bias ? given + load(FLOAT32, bias, i) : given, WIDTH);
+            its *= factor;
             along += its * unit;
             all += its;
         }
@@ -315,17 +313,21 @@ static void activate_rows(const struct block *s, int64_t count, const uint16_t *
                 give(BFLOAT16, to, i, swiglu(load(BFLOAT16, h, i), load(BFLOAT16, h, hidden + i)), WIDTH);
 }
 
-/* to: the gradient of h, with that of what activate_rows gave */
+/* to: the gradient of h, with that of what activate_rows gave; and that once more */
 static void activate_rows_backward(const struct block *s, int64_t count, const uint16_t *h, const float *grad,
-                                   uint16_t *to) {
+                                   uint16_t *to, uint16_t *gave) {
     const int64_t hidden = s->hidden;
     if (!s->is_gated)
-        EACH_VECTOR(i, count * hidden)
-            give(BFLOAT16, to, i, load(FLOAT32, grad, i) * gelu_slope(load(BFLOAT16, h, i)), WIDTH);
+        EACH_VECTOR(i, count * hidden) {
+            vec x = load(BFLOAT16, h, i);
+            give(BFLOAT16, gave, i, gelu(x), WIDTH);
+            give(BFLOAT16, to, i, load(FLOAT32, grad, i) * gelu_slope(x), WIDTH);
+        }
     else
-        for (int64_t r = 0; r < count; r++, h += 2 * hidden, to += 2 * hidden, grad += hidden)
+        for (int64_t r = 0; r < count; r++, h += 2 * hidden, to += 2 * hidden, grad += hidden, gave += hidden)
             EACH_VECTOR(i, hidden) {
                 vec g = load(FLOAT32, grad, i), gate = load(BFLOAT16, h, i), up = load(BFLOAT16, h, hidden + i);
+                give(BFLOAT16, gave, i, swiglu(gate, up), WIDTH);
                 give(BFLOAT16, to, i, g * swiglu_slope(gate, up), WIDTH);
                 give(BFLOAT16, to, hidden + i, g * silu(gate), WIDTH);
             }
@@ -395,7 +397,6 @@ static void before_attention(const struct block *s, const struct kept *k, const 
     const int64_t qkv = outputs(s, C_ATTN), d = s->heads.head_dim, turned_heads = s->heads.n_head + s->heads.n_kv;
     uint16_t *rows = halves(s, sums, 0);
     norm_rows(s, 0, count, x + first * width, k->stats[0] + 2 * first, rows);
-    into_panels(rows, count, width, first, pairs(s), k->read[C_ATTN]);
     multiply(count, qkv, width / 2, rows, w->weights[C_ATTN], sums);
     round_rows(count, qkv, sums, s->biases[C_ATTN], k->qkv + first * qkv);
     if (s->heads.cos)
@@ -414,11 +415,9 @@ static void after_attention(const struct block *s, const struct kept *k, const s
     multiply(count, width, read / 2, k->y + first * read, w->weights[ATTN_PROJ], sums);
     add_rows(s, 0, first, count, sums, s->biases[ATTN_PROJ], x, k->mid);
     norm_rows(s, 1, count, k->mid + first * width, k->stats[1] + 2 * first, rows);
-    into_panels(rows, count, width, first, pairs(s), k->read[C_FC]);
     multiply(count, h, width / 2, rows, w->weights[C_FC], sums);
     round_rows(count, h, sums, s->biases[C_FC], k->h + first * h);
     activate_rows(s, count, k->h + first * h, active);
-    into_panels(active, count, s->hidden, first, pairs(s), k->read[MLP_PROJ]);
     multiply(count, width, s->hidden / 2, active, w->weights[MLP_PROJ], sums);
     add_rows(s, 1, first, count, sums, s->biases[MLP_PROJ], k->mid, to);
 }
@@ -439,18 +438,20 @@ static void back_to_attention(const struct block *s, const struct kept *k, const
                               float *grad_x, int64_t chunk) {
     OF_CHUNK
     const int64_t read = read_width(s), h = outputs(s, C_FC);
-    uint16_t *added = w->gave[MLP_PROJ] + first * width, *slopes = w->gave[C_FC] + first * h;
+    uint16_t *added = w->gave[MLP_PROJ] + first * width, *slopes = w->gave[C_FC] + first * h, *rows = halves(s, sums, 0);
     added_rows(s, 1, first, count, grad, added);
     multiply(count, s->hidden, width / 2, added, w->weights[MLP_PROJ], sums);
-    activate_rows_backward(s, count, k->h + first * h, sums, slopes);
+    activate_rows_backward(s, count, k->h + first * h, sums, slopes, rows);
+    into_panels(rows, count, s->hidden, first, pairs(s), w->read[MLP_PROJ]);
     multiply(count, width, h / 2, slopes, w->weights[C_FC], sums);
     norm_rows_backward(s, 1, count, k->mid + first * width, k->stats[1] + 2 * first, sums, grad + first * width,
-                       grad_x + first * width, w->norm_sums[1] + chunk * 2 * width);
+                       grad_x + first * width, w->norm_sums[1] + chunk * 2 * width, rows);
+    into_panels(rows, count, width, first, pairs(s), w->read[C_FC]);
     added = w->gave[ATTN_PROJ] + first * width;
     added_rows(s, 0, first, count, grad_x, added);
     multiply(count, read, width / 2, added, w->weights[ATTN_PROJ], sums);
     round_rows(count, read, sums, NULL, w->grad_y + first * read);
-    into_panels(k->y + first * read, count, read, first, pairs(s), w->read);
+    into_panels(k->y + first * read, count, read, first, pairs(s), w->read[ATTN_PROJ]);
 }
 
 /* And on to x. */
@@ -458,7 +459,7 @@ static void back_to_x(const struct block *s, const struct kept *k, const struct 
                       int64_t chunk) {
     OF_CHUNK
     const int64_t qkv = outputs(s, C_ATTN), d = s->heads.head_dim, turned_heads = s->heads.n_head + s->heads.n_kv;
-    uint16_t *grad_qkv = w->gave[C_ATTN];
+    uint16_t *grad_qkv = w->gave[C_ATTN], *rows = halves(s, sums, 0);
     float *head_sums = w->head_sums + chunk * 2 * d;
     memset(head_sums, 0, 2 * d * sizeof *head_sums);
     if (s->heads.cos)
@@ -470,7 +471,8 @@ static void back_to_x(const struct block *s, const struct kept *k, const struct 
             }
     multiply(count, width, qkv / 2, grad_qkv + first * qkv, w->weights[C_ATTN], sums);
     norm_rows_backward(s, 0, count, x + first * width, k->stats[0] + 2 * first, sums, grad_x + first * width,
-                       grad_x + first * width, w->norm_sums[0] + chunk * 2 * width);
+                       grad_x + first * width, w->norm_sums[0] + chunk * 2 * width, rows);
+    into_panels(rows, count, width, first, pairs(s), w->read[C_ATTN]);
     for (int64_t i = 0; i < LINEARS; i++)
         sum_bias(s, w, i, first, count);
 }
@@ -479,10 +481,9 @@ static void back_to_x(const struct block *s, const struct kept *k, const struct 
 void block_backward(const struct block *s, const float *x, float *kept_memory, const float *grad, float *grad_x,
                     const struct gradients *to, float *work_memory) {
     const int64_t width = s->width, read = read_width(s), d = s->heads.head_dim;
-    struct kept k = kept_in(s, kept_memory, &(int64_t){0});
+    const struct kept k = kept_in(s, kept_memory, &(int64_t){0});
     const struct work w = work_in(s, work_memory, &(int64_t){0}, 1);
     uint16_t *grad_qkv = w.gave[C_ATTN];
-    k.read[ATTN_PROJ] = w.read;
     lay_out_weights(s, &w, 1);
     IN_ORDER(back_to_attention(s, &k, &w, grad, grad_x, chunk),
              attend_backward(&s->attention, head, k.turned, k.turned + read, k.qkv + turned_width(s), k.y, k.logs,
@@ -492,7 +493,7 @@ void block_backward(const struct block *s, const float *x, float *kept_memory, c
     EACH_PART for (int64_t part = 0; part < parts.begin[LINEARS]; part++) {
         const int64_t i = linear_of(&parts, part), first_row = (part - parts.begin[i]) * PANEL;
         multiply_tokens(first_row, least(first_row + PANEL, outputs(s, i)), inputs(s, i), tokens(s), outputs(s, i),
-                        w.gave[i], k.read[i], to->weights[i], (pair *)(w.own + omp_get_thread_num() * w.each));
+                        w.gave[i], w.read[i], to->weights[i], (pair *)(w.own + omp_get_thread_num() * w.each));
     }
     for (int64_t i = 0; i < LINEARS; i++)
         if (to->biases[i])

@@ -55,10 +55,10 @@ def end(
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = ranks.whole(kernels.clip_grad_norm(parameters, grad_clip or math.inf))
-    told = torch.zeros(2 + processes.world_size, device=loss.device)  # loss, signals, and of each rank: is it bad?
-    told[0], told[1], told[2 + processes.rank] = loss, signals.count, ~loss.isfinite()
-    mean_loss, stops, *bad, grad_norm = torch.cat((processes.sum(told), grad_norm.reshape(1))).tolist()
-    if not fault and (bad_ranks := [rank for rank, is_bad in enumerate(bad) if is_bad]):
+    told = torch.zeros(1 + processes.world_size, device=loss.device)  # signals, and each rank's loss in its own place
+    told[0], told[1 + processes.rank] = signals.count, loss
+    stops, *losses, grad_norm = torch.cat((processes.sum(told), grad_norm.reshape(1))).tolist()
+    if not fault and (bad_ranks := [rank for rank, its in enumerate(losses) if not math.isfinite(its)]):
         fault = f"the loss of rank {', '.join(map(str, bad_ranks))} is not finite"
     if not fault and not scaler.is_enabled() and not math.isfinite(grad_norm):
         fault = f"the gradient's norm is {grad_norm}"
@@ -66,4 +66,4 @@ def end(
         scaler.step(optimizer)
     scaler.update()  # after a fault too: it lowers the scale, and forgets that it has unscaled
     optimizer.zero_grad(set_to_none=True)
-    return Ended(mean_loss / processes.world_size, grad_norm, int(stops), fault)
+    return Ended(sum(losses) / processes.world_size, grad_norm, int(stops), fault)
