@@ -1,9 +1,12 @@
-/* A block of the network while it trains on a CPU, in bfloat16, forward and backward, its products included.
+/* Blocks of the network while it trains on a CPU, in bfloat16, forward and backward, their products included.
 
 Read it when a training step on a CPU is slow. It computes what model.py's Block says; quartz/kernels.py calls it where
 the processor multiplies bfloat16 in vectors. What is multiplied is bfloat16; sums, norms and the residual stream are
 float32. Tokens go in chunks, each of which stays in a core's cache from one product to the next. A weight's gradient is a
-sum over all tokens, one tile of it a thread's: so bits do not depend on the number of threads.
+sum over all tokens, in an order that only the shape decides: so bits do not depend on the number of threads.
+
+What one core wrote and the other reads costs most, above all where cores have no cache in common. So two threads share
+the sequences once for all blocks and both passes, and meet to lay out weights and to add up gradients.
 */
 
 #include "attention.c"
@@ -42,6 +45,21 @@ static int64_t outputs(const struct block *s, int64_t linear) {
     return linear == C_ATTN ? qkv : linear == C_FC ? s->hidden * (1 + s->is_gated) : s->width;
 }
 
+/* One thread takes a sequence from end to end, so that what is read of it is still in that core's cache, if sequences end
+   with a chunk and are many. */
+INLINE int64_t by_sequence(const struct block *s) {
+    return s->heads.length % CHUNK == 0 && s->heads.batch >= 4 * s->heads.threads;
+}
+
+/* The tokens of the first half of the sequences; a gradient of weights is the sum of this half's and the other's. */
+INLINE int64_t half(const struct block *s) {
+    const int64_t is_cut = s->heads.length % CHUNK == 0 && s->heads.batch >= 8;
+    return is_cut ? (s->heads.batch + 1) / 2 * s->heads.length : tokens(s);
+}
+
+/* Each of two threads takes a half, back through all blocks. */
+INLINE int64_t by_halves(const struct block *s) { return half(s) < tokens(s) && s->heads.threads <= 2; }
+
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* Memory: parts of one tensor of floats, each at a border of 64 bytes */
 
@@ -51,13 +69,14 @@ INLINE void *part_of(float *memory, int64_t *used, int64_t floats) {
     return part;
 }
 
-/* What the backward pass needs of the forward pass, but for what it soon has once more: what norms and activations gave. */
+/* What the backward pass needs of the forward pass, but for what it soon has once more: what norms and activations gave.
+   `next` is what the block gave, where another one follows. */
 struct kept {
-    float *mid, *stats[2], *scales, *logs;
+    float *mid, *stats[2], *scales, *logs, *next;
     uint16_t *qkv, *turned, *y, *h;
 };
 
-static struct kept kept_in(const struct block *s, float *memory, int64_t *used) {
+static struct kept kept_in(const struct block *s, int64_t is_last, float *memory, int64_t *used) {
     const int64_t n = tokens(s), d = s->heads.head_dim;
     struct kept k = {0};
     k.mid = part_of(memory, used, n * s->width);
@@ -72,15 +91,19 @@ static struct kept kept_in(const struct block *s, float *memory, int64_t *used) 
     }
     k.y = part_of(memory, used, n * read_width(s) / 2);
     k.h = part_of(memory, used, n * outputs(s, C_FC) / 2);
+    k.next = part_of(memory, used, is_last ? 0 : n * s->width);
     return k;
 }
 
-/* What a pass works in: weights in panels, and each thread's own. The rest is the backward pass's: what linear layers read,
-   in panels, the gradients of what they gave, and sums over chunks. */
+/* What a pass works in. Of each block: its weights in panels, and in the backward pass sums over chunks, and gradients of
+   weights over the second half of the tokens. Of all together: each thread's own; what linear layers read, in panels, and
+   the gradients of what they gave. */
 struct work {
-    pair *weights[LINEARS], *read[LINEARS];
+    pair *weights[LINEARS];
+    float *bias_sums[LINEARS], *norm_sums[2], *head_sums, *others[LINEARS];
+    pair *read[LINEARS];
     uint16_t *gave[LINEARS], *grad_y;
-    float *attention, *own, *bias_sums[LINEARS], *norm_sums[2], *head_sums;
+    float *attention, *own;
     int64_t each; /* floats a thread */
 };
 
@@ -91,24 +114,50 @@ static int64_t widest(const struct block *s) {
     return wide;
 }
 
-static struct work work_in(const struct block *s, float *memory, int64_t *used, int64_t is_backward) {
-    struct work w = {.each = most(CHUNK * 2 * widest(s), PANEL * STRIP_PAIRS)};
-    for (int64_t i = 0; i < LINEARS; i++)
-        w.weights[i] = part_of(memory, used, inputs(s, i) * outputs(s, i) / 2);
-    w.own = part_of(memory, used, s->heads.threads * w.each);
-    w.attention = part_of(memory, used, s->heads.threads * scratch(&s->attention));
-    if (is_backward) {
-        for (int64_t i = 0; i < LINEARS; i++) {
-            w.read[i] = part_of(memory, used, pairs(s) * inputs(s, i));
-            w.gave[i] = part_of(memory, used, tokens(s) * outputs(s, i) / 2);
-            w.bias_sums[i] = part_of(memory, used, s->biases[i] ? chunks(s) * outputs(s, i) : 0);
-        }
-        for (int64_t i = 0; i < 2; i++)
-            w.norm_sums[i] = part_of(memory, used, chunks(s) * 2 * s->width);
-        w.head_sums = part_of(memory, used, chunks(s) * 2 * s->heads.head_dim);
-        w.grad_y = part_of(memory, used, tokens(s) * read_width(s) / 2);
+static void work_of_all(const struct block *s, struct work *w, float *memory, int64_t *used, int64_t is_backward) {
+    w->each = most(CHUNK * 2 * widest(s), PANEL * (STRIP_PAIRS + widest(s)));
+    w->own = part_of(memory, used, s->heads.threads * w->each);
+    w->attention = part_of(memory, used, s->heads.threads * scratch(&s->attention));
+    if (!is_backward)
+        return;
+    for (int64_t i = 0; i < LINEARS; i++) {
+        w->read[i] = part_of(memory, used, pairs(s) * inputs(s, i));
+        w->gave[i] = part_of(memory, used, tokens(s) * outputs(s, i) / 2);
     }
-    return w;
+    w->grad_y = part_of(memory, used, tokens(s) * read_width(s) / 2);
+}
+
+static void work_of_one(const struct block *s, struct work *w, float *memory, int64_t *used, int64_t is_backward) {
+    for (int64_t i = 0; i < LINEARS; i++)
+        w->weights[i] = part_of(memory, used, inputs(s, i) * outputs(s, i) / 2);
+    if (!is_backward)
+        return;
+    for (int64_t i = 0; i < LINEARS; i++) {
+        w->bias_sums[i] = part_of(memory, used, s->biases[i] ? chunks(s) * outputs(s, i) : 0);
+        w->others[i] = part_of(memory, used, by_halves(s) ? inputs(s, i) * outputs(s, i) : 0);
+    }
+    for (int64_t i = 0; i < 2; i++)
+        w->norm_sums[i] = part_of(memory, used, chunks(s) * 2 * s->width);
+    w->head_sums = part_of(memory, used, chunks(s) * 2 * s->heads.head_dim);
+}
+
+/* Of `count` blocks that are alike, all of them at once or one after the other in the same memory. */
+static void kept_of(const struct block *s, int64_t count, int64_t at_once, float *memory, int64_t *used, struct kept *k) {
+    for (int64_t nth = 0; nth < count; nth++)
+        if (nth && !at_once)
+            k[nth] = k[0];
+        else
+            k[nth] = kept_in(s + nth, at_once ? nth + 1 == count : count == 1, memory, used);
+}
+
+static void work_of(const struct block *s, int64_t count, int64_t at_once, float *memory, int64_t *used, struct work *w,
+                    int64_t is_backward) {
+    work_of_all(s, w, memory, used, is_backward);
+    for (int64_t nth = 0; nth < count; nth++) {
+        w[nth] = w[0];
+        if (!nth || at_once)
+            work_of_one(s + nth, w + nth, memory, used, is_backward);
+    }
 }
 
 /* Whether that is faster than to leave products to a library: with vectors of bfloat16, and no tiles (AMX). */
@@ -120,12 +169,15 @@ int64_t block_pays(void) {
 #endif
 }
 
-/* Floats that block_forward keeps, that it works in, and that block_backward works in. */
-void block_sizes(const struct block *s, int64_t *sizes) {
-    int64_t floats[3] = {0};
-    kept_in(s, NULL, floats);
-    work_in(s, NULL, floats + 1, 0);
-    work_in(s, NULL, floats + 2, 1);
+/* Floats that blocks_forward keeps for a backward pass, and else, that it works in, and that blocks_backward works in. */
+void blocks_sizes(const struct block *s, int64_t count, int64_t *sizes) {
+    struct kept k[count];
+    struct work w[count];
+    int64_t floats[4] = {0};
+    for (int64_t i = 0; i < 2; i++) {
+        kept_of(s, count, !i, NULL, floats + i, k);
+        work_of(s, count, i ? by_halves(s) : by_sequence(s), NULL, floats + 2 + i, w, i);
+    }
     memcpy(sizes, floats, sizeof floats);
 }
 
@@ -134,8 +186,10 @@ void block_sizes(const struct block *s, int64_t *sizes) {
 
 #ifdef _OPENMP
 #define EACH_PART _Pragma("omp parallel for schedule(dynamic) num_threads(s->heads.threads)")
+#define EACH_SEQUENCE _Pragma("omp parallel for schedule(static) num_threads(s->heads.threads)")
 #else
 #define EACH_PART
+#define EACH_SEQUENCE
 #endif
 
 /* Columns from `column` on of rows (tokens, width), from token `first` on, into strips of STRIP columns, each `n` pairs,
@@ -153,19 +207,18 @@ static void into_strips(const uint16_t *rows, int64_t tokens, int64_t width, int
         }
 }
 
-/* Rows first to last of c (…, columns) = gave' read, of n pairs of tokens: gave (tokens, width), `read` in panels */
+/* c (last - first, columns): rows first to last of gave' read, over pairs of tokens from `begin` to `end` of those
+   in gave (tokens, width) and in `read`, which lies in panels. */
 static void multiply_tokens(int64_t first, int64_t last, int64_t columns, int64_t tokens, int64_t width,
-                            const uint16_t *gave, const pair *read, float *c, pair *strips) {
+                            const uint16_t *gave, const pair *read, int64_t begin, int64_t end, float *c, pair *strips) {
     const int64_t n = (tokens + 1) / 2;
-    for (int64_t k = 0; k < n; k += DEPTH) {
-        const int64_t depth = least(DEPTH, n - k);
+    for (int64_t k = begin; k < end; k += DEPTH) {
+        const int64_t depth = least(DEPTH, end - k);
         into_strips(gave, tokens, width, 2 * k, depth, first, last - first, strips);
         for (int64_t j = 0, wide; j < columns; j += PANEL) {
             const pair *panel = read + panel_at(j, columns, n, &wide) + k * wide;
-            for (int64_t r = first; r < last; r += STRIP) {
-                const pair *strip = strips + (r - first) * STRIP_PAIRS;
-                tiles(STRIP, wide, depth, strip, 1, STRIP, panel, c + r * columns + j, columns, k > 0);
-            }
+            for (int64_t r = 0; r < last - first; r += STRIP)
+                tiles(STRIP, wide, depth, strips + r * STRIP_PAIRS, 1, STRIP, panel, c + r * columns + j, columns, k > begin);
         }
     }
 }
@@ -215,11 +268,13 @@ INLINE int64_t linear_of(const struct parts *parts, int64_t part) {
     return i;
 }
 
-static void lay_out_weights(const struct block *s, const struct work *w, int64_t is_backward) {
+static void lay_out_weights(const struct block *s, int64_t count, const struct work *w, int64_t is_backward) {
     const struct parts parts = parts_of(s, is_backward ? inputs : outputs);
-    EACH_PART for (int64_t part = 0; part < parts.begin[LINEARS]; part++) {
-        const int64_t i = linear_of(&parts, part), column = (part - parts.begin[i]) * PANEL;
-        (is_backward ? weight_backward : weight_forward)(s->weights[i], inputs(s, i), outputs(s, i), column, w->weights[i]);
+    EACH_PART for (int64_t all = 0; all < count * parts.begin[LINEARS]; all++) {
+        const int64_t nth = all / parts.begin[LINEARS], part = all % parts.begin[LINEARS], i = linear_of(&parts, part);
+        const int64_t column = (part - parts.begin[i]) * PANEL;
+        (is_backward ? weight_backward : weight_forward)(s[nth].weights[i], inputs(s, i), outputs(s, i), column,
+                                                         w[nth].weights[i]);
     }
 }
 
@@ -354,33 +409,6 @@ static void sum_rows(int64_t count, int64_t stride, int64_t width, const float *
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-/* How the work is shared out: one thread takes a sequence from end to end, so that what is read of it is still in that
-   core's cache; where there are too few, or where they do not end with a chunk, all chunks come first, then all heads, and
-   then all chunks again. */
-INLINE int64_t by_sequence(const struct block *s) {
-    return s->heads.length % CHUNK == 0 && s->heads.batch >= 4 * s->heads.threads;
-}
-
-#define IN_ORDER(CHUNK_BEFORE, HEAD, CHUNK_AFTER)                                                                      \
-    if (by_sequence(s)) {                                                                                              \
-        const int64_t length = s->heads.length / CHUNK, heads = s->heads.n_kv;                                         \
-        EACH_PART for (int64_t sequence = 0; sequence < s->heads.batch; sequence++) {                                  \
-            for (int64_t chunk = sequence * length; chunk < (sequence + 1) * length; chunk++)                          \
-                CHUNK_BEFORE;                                                                                          \
-            for (int64_t head = sequence * heads; head < (sequence + 1) * heads; head++)                               \
-                HEAD;                                                                                                  \
-            for (int64_t chunk = sequence * length; chunk < (sequence + 1) * length; chunk++)                          \
-                CHUNK_AFTER;                                                                                           \
-        }                                                                                                              \
-    } else {                                                                                                           \
-        EACH_PART for (int64_t chunk = 0; chunk < chunks(s); chunk++)                                                  \
-            CHUNK_BEFORE;                                                                                              \
-        EACH_PART for (int64_t head = 0; head < s->heads.batch * s->heads.n_kv; head++)                                \
-            HEAD;                                                                                                      \
-        EACH_PART for (int64_t chunk = 0; chunk < chunks(s); chunk++)                                                  \
-            CHUNK_AFTER;                                                                                               \
-    }
-
 #define OF_CHUNK                                                                                                       \
     const int64_t width = s->width, first = chunk * CHUNK, count = least(CHUNK, tokens(s) - first);                    \
     float *sums = w->own + omp_get_thread_num() * w->each;
@@ -422,15 +450,46 @@ static void after_attention(const struct block *s, const struct kept *k, const s
     add_rows(s, 1, first, count, sums, s->biases[MLP_PROJ], k->mid, to);
 }
 
-/* x, to (batch, T, width); kept, work: of block_sizes */
-void block_forward(const struct block *s, const float *x, float *to, float *kept_memory, float *work_memory) {
-    const struct kept k = kept_in(s, kept_memory, &(int64_t){0});
-    const struct work w = work_in(s, work_memory, &(int64_t){0}, 0);
-    lay_out_weights(s, &w, 0);
-    IN_ORDER(before_attention(s, &k, &w, x, chunk),
-             attend(&s->attention, head, k.turned, k.turned + read_width(s), k.qkv + turned_width(s), k.y, k.logs,
-                    w.attention),
-             after_attention(s, &k, &w, x, to, chunk))
+#define EACH_CHUNK(first, last) for (int64_t chunk = (first) / CHUNK; chunk < ((last) + CHUNK - 1) / CHUNK; chunk++)
+#define EACH_OF_SEQUENCE(head, sequence)                                                                               \
+    for (int64_t head = (sequence) * s->heads.n_kv; head < ((sequence) + 1) * s->heads.n_kv; head++)
+
+INLINE void attend_head(const struct block *s, const struct kept *k, const struct work *w, int64_t head) {
+    attend(&s->attention, head, k->turned, k->turned + read_width(s), k->qkv + turned_width(s), k->y, k->logs, w->attention);
+}
+
+static void sequence_forward(const struct block *s, const struct kept *k, const struct work *w, const float *x, float *y,
+                             int64_t sequence) {
+    const int64_t first = sequence * s->heads.length, last = first + s->heads.length;
+    EACH_CHUNK(first, last) before_attention(s, k, w, x, chunk);
+    EACH_OF_SEQUENCE(head, sequence) attend_head(s, k, w, head);
+    EACH_CHUNK(first, last) after_attention(s, k, w, x, y, chunk);
+}
+
+/* x, y (batch, T, width): what goes into the first of `count` blocks that are alike, and what comes out of the last; kept,
+   work: of blocks_sizes. */
+void blocks_forward(const struct block *s, int64_t count, int64_t keeps, const float *x, float *y, float *kept_memory,
+                    float *work_memory) {
+    const int64_t at_once = by_sequence(s), heads = s->heads.batch * s->heads.n_kv;
+    struct kept k[count];
+    struct work w[count];
+    kept_of(s, count, keeps, kept_memory, &(int64_t){0}, k);
+    work_of(s, count, at_once, work_memory, &(int64_t){0}, w, 0);
+#define FROM(nth) ((nth) ? k[(nth)-1].next : x)
+#define TO(nth) ((nth) + 1 < count ? k[nth].next : y)
+    if (at_once) {
+        lay_out_weights(s, count, w, 0);
+        EACH_SEQUENCE for (int64_t sequence = 0; sequence < s->heads.batch; sequence++)
+            for (int64_t nth = 0; nth < count; nth++)
+                sequence_forward(s + nth, k + nth, w + nth, FROM(nth), TO(nth), sequence);
+    } else
+        for (int64_t nth = 0; nth < count; nth++) {
+            lay_out_weights(s + nth, 1, w, 0);
+            EACH_PART EACH_CHUNK(0, tokens(s)) before_attention(s + nth, k + nth, w, FROM(nth), chunk);
+            EACH_PART for (int64_t head = 0; head < heads; head++)
+                attend_head(s + nth, k + nth, w, head);
+            EACH_PART EACH_CHUNK(0, tokens(s)) after_attention(s + nth, k + nth, w, FROM(nth), TO(nth), chunk);
+        }
 }
 
 /* Back from the end to attention, for a chunk; grad_x is not all of it yet. */
@@ -477,34 +536,114 @@ static void back_to_x(const struct block *s, const struct kept *k, const struct 
         sum_bias(s, w, i, first, count);
 }
 
-/* With x, what block_forward kept, and the gradient of what it gave: that of x, and of weights. */
-void block_backward(const struct block *s, const float *x, float *kept_memory, const float *grad, float *grad_x,
-                    const struct gradients *to, float *work_memory) {
-    const int64_t width = s->width, read = read_width(s), d = s->heads.head_dim;
-    const struct kept k = kept_in(s, kept_memory, &(int64_t){0});
-    const struct work w = work_in(s, work_memory, &(int64_t){0}, 1);
-    uint16_t *grad_qkv = w.gave[C_ATTN];
-    lay_out_weights(s, &w, 1);
-    IN_ORDER(back_to_attention(s, &k, &w, grad, grad_x, chunk),
-             attend_backward(&s->attention, head, k.turned, k.turned + read, k.qkv + turned_width(s), k.y, k.logs,
-                             w.grad_y, grad_qkv, grad_qkv + read, grad_qkv + turned_width(s), w.attention),
-             back_to_x(s, &k, &w, x, grad_x, chunk))
-    const struct parts parts = parts_of(s, outputs);
-    EACH_PART for (int64_t part = 0; part < parts.begin[LINEARS]; part++) {
-        const int64_t i = linear_of(&parts, part), first_row = (part - parts.begin[i]) * PANEL;
-        multiply_tokens(first_row, least(first_row + PANEL, outputs(s, i)), inputs(s, i), tokens(s), outputs(s, i),
-                        w.gave[i], w.read[i], to->weights[i], (pair *)(w.own + omp_get_thread_num() * w.each));
-    }
+INLINE void attend_head_backward(const struct block *s, const struct kept *k, const struct work *w, int64_t head) {
+    uint16_t *grad_qkv = w->gave[C_ATTN];
+    attend_backward(&s->attention, head, k->turned, k->turned + read_width(s), k->qkv + turned_width(s), k->y, k->logs,
+                    w->grad_y, grad_qkv, grad_qkv + read_width(s), grad_qkv + turned_width(s), w->attention);
+}
+
+static void sequence_backward(const struct block *s, const struct kept *k, const struct work *w, const float *x,
+                              const float *grad, float *grad_x, int64_t sequence) {
+    const int64_t first = sequence * s->heads.length, last = first + s->heads.length;
+    EACH_CHUNK(first, last) back_to_attention(s, k, w, grad, grad_x, chunk);
+    EACH_OF_SEQUENCE(head, sequence) attend_head_backward(s, k, w, head);
+    EACH_CHUNK(first, last) back_to_x(s, k, w, x, grad_x, chunk);
+}
+
+/* 64 rows of the gradient of a weight, over pairs of tokens from `begin` to `end`; c: its first row */
+static void weight_rows(const struct block *s, const struct work *w, int64_t linear, int64_t row, int64_t begin,
+                        int64_t end, float *c) {
+    multiply_tokens(row, least(row + PANEL, outputs(s, linear)), inputs(s, linear), tokens(s), outputs(s, linear),
+                    w->gave[linear], w->read[linear], begin, end, c, (pair *)(w->own + omp_get_thread_num() * w->each));
+}
+
+static void add_to(int64_t n, const float *others, float *to) {
+    EACH_VECTOR(i, n) put(to + i, load(FLOAT32, to, i) + load(FLOAT32, others, i), WIDTH);
+}
+
+/* What of gradients is a sum over chunks. */
+static void sum_chunks(const struct block *s, const struct work *w, const struct gradients *to) {
+    const int64_t width = s->width, d = s->heads.head_dim;
     for (int64_t i = 0; i < LINEARS; i++)
         if (to->biases[i])
-            sum_rows(chunks(s), outputs(s, i), outputs(s, i), w.bias_sums[i], to->biases[i]);
+            sum_rows(chunks(s), outputs(s, i), outputs(s, i), w->bias_sums[i], to->biases[i]);
     for (int64_t i = 0; i < 2; i++) {
-        sum_rows(chunks(s), 2 * width, width, w.norm_sums[i], to->norms[i]);
+        sum_rows(chunks(s), 2 * width, width, w->norm_sums[i], to->norms[i]);
         if (to->norm_biases[i])
-            sum_rows(chunks(s), 2 * width, width, w.norm_sums[i] + width, to->norm_biases[i]);
+            sum_rows(chunks(s), 2 * width, width, w->norm_sums[i] + width, to->norm_biases[i]);
     }
     if (to->q_norm) {
-        sum_rows(chunks(s), 2 * d, d, w.head_sums, to->q_norm);
-        sum_rows(chunks(s), 2 * d, d, w.head_sums + d, to->k_norm);
+        sum_rows(chunks(s), 2 * d, d, w->head_sums, to->q_norm);
+        sum_rows(chunks(s), 2 * d, d, w->head_sums + d, to->k_norm);
+    }
+}
+
+/* The gradients of part `part` of all weights, over both halves of the tokens. */
+static void weight_part(const struct block *s, const struct work *w, const struct gradients *to, int64_t part,
+                        const struct parts *parts) {
+    const int64_t i = linear_of(parts, part), row = (part - parts->begin[i]) * PANEL, columns = inputs(s, i);
+    float *c = to->weights[i] + row * columns;
+    float *other = w->own + omp_get_thread_num() * w->each + PANEL * STRIP_PAIRS;
+    weight_rows(s, w, i, row, 0, (half(s) + 1) / 2, c);
+    if (half(s) < tokens(s)) {
+        weight_rows(s, w, i, row, half(s) / 2, tokens(s) / 2, other);
+        add_to((least(row + PANEL, outputs(s, i)) - row) * columns, other, c);
+    }
+}
+
+/* One block after the other, by any number of threads. */
+static void block_backward(const struct block *s, const struct kept *k, const struct work *w, const float *x,
+                           const float *grad, float *grad_x, const struct gradients *to) {
+    const struct parts parts = parts_of(s, outputs);
+    lay_out_weights(s, 1, w, 1);
+    if (by_sequence(s)) {
+        EACH_PART for (int64_t sequence = 0; sequence < s->heads.batch; sequence++)
+            sequence_backward(s, k, w, x, grad, grad_x, sequence);
+    } else {
+        EACH_PART EACH_CHUNK(0, tokens(s)) back_to_attention(s, k, w, grad, grad_x, chunk);
+        EACH_PART for (int64_t head = 0; head < s->heads.batch * s->heads.n_kv; head++)
+            attend_head_backward(s, k, w, head);
+        EACH_PART EACH_CHUNK(0, tokens(s)) back_to_x(s, k, w, x, grad_x, chunk);
+    }
+    EACH_PART for (int64_t part = 0; part < parts.begin[LINEARS]; part++)
+        weight_part(s, w, to, part, &parts);
+}
+
+/* A half of the sequences, back through all blocks. */
+static void half_backward(const struct block *s, int64_t count, const struct kept *k, const struct work *w, const float *x,
+                          const float *grad, float *grad_x, const struct gradients *to, int64_t is_second) {
+    const int64_t first = is_second ? half(s) : 0, last = is_second ? tokens(s) : half(s), length = s->heads.length;
+    for (int64_t nth = count - 1; nth >= 0; nth--, grad = grad_x) {
+        for (int64_t sequence = first / length; sequence < last / length; sequence++)
+            sequence_backward(s + nth, k + nth, w + nth, FROM(nth), grad, grad_x, sequence);
+        for (int64_t i = 0; i < LINEARS; i++)
+            for (int64_t row = 0; row < outputs(s, i); row += PANEL) {
+                float *c = is_second ? w[nth].others[i] : to[nth].weights[i];
+                weight_rows(s + nth, w + nth, i, row, first / 2, last / 2, c + row * inputs(s, i));
+            }
+    }
+}
+
+/* With x, what blocks_forward kept, and the gradient of y: that of x, and of each block's weights. */
+void blocks_backward(const struct block *s, int64_t count, const float *x, float *kept_memory, const float *grad,
+                     float *grad_x, const struct gradients *to, float *work_memory) {
+    const int64_t at_once = by_halves(s);
+    struct kept k[count];
+    struct work w[count];
+    kept_of(s, count, 1, kept_memory, &(int64_t){0}, k);
+    work_of(s, count, at_once, work_memory, &(int64_t){0}, w, 1);
+    if (at_once) {
+        lay_out_weights(s, count, w, 1);
+        EACH_SEQUENCE for (int64_t is_second = 0; is_second < 2; is_second++)
+            half_backward(s, count, k, w, x, grad, grad_x, to, is_second);
+        EACH_PART for (int64_t part = 0; part < count * LINEARS; part++) {
+            const int64_t nth = part / LINEARS, i = part % LINEARS;
+            add_to(inputs(s, i) * outputs(s, i), w[nth].others[i], to[nth].weights[i]);
+        }
+    }
+    for (int64_t nth = count - 1; nth >= 0; nth--, grad = grad_x) {
+        if (!at_once)
+            block_backward(s + nth, k + nth, w, FROM(nth), grad, grad_x, to + nth);
+        sum_chunks(s + nth, w + nth, to + nth);
     }
 }

@@ -364,11 +364,15 @@ class BlockStruct(ctypes.Structure):
         heads = self.heads
         self.given, (heads.q_weight, heads.k_weight, heads.cos, heads.sin) = tuple(where[:12]), where[12:]
 
-    def needs(self) -> list[int]:
-        """How many floats a forward pass keeps and works in, and a backward pass works in, with what it points to."""
-        needs = (ctypes.c_int64 * 3)()
-        in_c().block_sizes(ctypes.byref(self), needs)
-        return list(needs)
+    def needs(self, count: int) -> list[int]:
+        """How many floats so many such blocks keep for a backward pass, and without one; and that they work in, both
+        ways. A template remembers it.
+        """
+        known = self.__dict__.setdefault("known", {})
+        if count not in known:
+            known[count] = (ctypes.c_int64 * 4)()
+            in_c().blocks_sizes((BlockStruct * count)(*[self] * count), ctypes.c_int64(count), known[count])
+        return known[count]
 
 
 def pointers(tensors: Iterable[torch.Tensor | None]) -> list[int | None]:
@@ -376,38 +380,39 @@ def pointers(tensors: Iterable[torch.Tensor | None]) -> list[int | None]:
 
 
 class BlocksInC(torch.autograd.Function):
-    """Blocks of the network, one behind the other, x (B, T, C) float32, their products in bfloat16."""
+    """Blocks of the network that are alike, one behind the other, x (B, T, C) float32, their products in bfloat16."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, structs: list[BlockStruct], keeps: bool, *tensors: torch.Tensor | None):
-        """tensors: POINTERS for each struct, see BlockStruct.point_to; keeps: whether a backward pass may come"""
-        tensors, x, library = [t if t is None else t.contiguous() for t in tensors], x.contiguous(), in_c()
-        work, saved = floats(max(struct.sizes[1] for struct in structs)), []
-        for nth, struct in enumerate(structs):
-            struct.point_to(tensors[POINTERS * nth : POINTERS * (nth + 1)])
-            y, kept = torch.empty_like(x), floats(struct.sizes[0])
-            library.block_forward(ctypes.byref(struct), *at(x, y, kept, work))
-            saved += [x, kept] if keeps else []
-            x = y
-        ctx.structs = structs
-        ctx.save_for_backward(*saved, *tensors)
-        return x
+    def forward(ctx, x: torch.Tensor, template: BlockStruct, structs, keeps: bool, *tensors: torch.Tensor | None):
+        """structs: a copy of the template for each block, with its seeds. tensors: POINTERS for each, see
+        BlockStruct.point_to; keeps: whether a backward pass may come.
+        """
+        tensors, x, count = [t if t is None else t.contiguous() for t in tensors], x.contiguous(), len(structs)
+        ctx.structs, ctx.needs = structs, template.needs(count)
+        BlocksInC.point_to(structs, tensors)
+        y, kept, work = torch.empty_like(x), floats(ctx.needs[not keeps]), floats(ctx.needs[2])
+        in_c().blocks_forward(structs, ctypes.c_int64(count), ctypes.c_int64(keeps), *at(x, y, kept, work))
+        ctx.save_for_backward(*([x, kept] if keeps else []), *tensors)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        structs, library, found = ctx.structs, in_c(), []
-        work, saved = floats(max(struct.sizes[2] for struct in structs)), ctx.saved_tensors
-        inner, tensors = saved[: 2 * len(structs)], saved[2 * len(structs) :]
-        for nth, struct in reversed([*enumerate(structs)]):
-            (x, kept), its = inner[2 * nth : 2 * nth + 2], tensors[POINTERS * nth : POINTERS * (nth + 1)]
-            struct.point_to(its)
-            grad, grad_x = grad.contiguous(), torch.empty_like(x)
-            grads = [t if t is None else torch.empty_like(t) for t in its[:GRADIENTS]]
-            to = (ctypes.c_void_p * GRADIENTS)(*pointers(grads))
-            library.block_backward(ctypes.byref(struct), *at(x, kept, grad, grad_x), to, *at(work))
-            grad, found = grad_x, [*grads, None, None, *found]  # None: of cosines and sines
-        return grad, None, None, *found
+        (x, kept, *tensors), structs, grad = ctx.saved_tensors, ctx.structs, grad.contiguous()
+        BlocksInC.point_to(structs, tensors)
+        grads = [  # none of cosines and sines
+            t if t is None or n % POINTERS >= GRADIENTS else torch.empty_like(t) for n, t in enumerate(tensors)
+        ]
+        wheres, grad_x, work = pointers(grads), torch.empty_like(x), floats(ctx.needs[3])
+        wheres = [where for n, where in enumerate(wheres) if n % POINTERS < GRADIENTS]
+        to = (ctypes.c_void_p * len(wheres))(*wheres)
+        in_c().blocks_backward(structs, ctypes.c_int64(len(structs)), *at(x, kept, grad, grad_x), to, *at(work))
+        return grad_x, None, None, None, *grads
+
+    @staticmethod
+    def point_to(structs, tensors: list[torch.Tensor | None]) -> None:
+        for nth, struct in enumerate(structs):
+            struct.point_to(tensors[POINTERS * nth : POINTERS * (nth + 1)])
 
 
 PIECE = 2**14  # numbers of which passes.c takes one sum
@@ -448,7 +453,7 @@ def block_pays() -> bool:
 
 @functools.lru_cache
 def struct_of(threads, B, T, n_head, n_kv, D, C, hidden, gated, centred, p_attention, p, eps, head_eps, there):
-    """Without pointers and seeds, and what it needs. there: which of BlockStruct.point_to's tensors there are."""
+    """Without pointers and seeds. there: which of BlockStruct.point_to's tensors there are."""
     qkv, qk = (n_head + 2 * n_kv) * D, (n_head + n_kv) * D
     of_q, of_v = ((T * wide, D, wide) for wide in (qk if there[-1] else qkv, qkv))
     struct = BlockStruct(
@@ -457,7 +462,7 @@ def struct_of(threads, B, T, n_head, n_kv, D, C, hidden, gated, centred, p_atten
         *(C, hidden, gated, centred, share(p)[0], (0, 0), share(p)[1], eps),
     )
     struct.place([int(is_there) or None for is_there in there])
-    return struct, struct.needs()
+    return struct
 
 
 def may_be_c(module: nn.Module) -> bool:
@@ -467,7 +472,7 @@ def may_be_c(module: nn.Module) -> bool:
 
 
 PLAIN = {(kind, torch.float32, True) for kind in (torch.Tensor, nn.Parameter)}
-SMALL = 2**31  # a network's weights, times the tokens
+SMALL = 2**35  # a network's weights, times the tokens
 METHODS = {"forward", "heads", "shared", "attend", "activate"}
 
 
@@ -482,23 +487,22 @@ class FastBlock(Block):
         tensors = self.for_c(x, rope) if cache is None and may_be_c(self) else None
         if tensors is None:
             return super().forward(x, rope, cache)
-        return BlocksInC.apply(x, [self.struct(x, tensors)], torch.is_grad_enabled(), *tensors)
+        return through_blocks([self], [self.template(x, tensors)], x, tensors)
 
-    def struct(self, x: torch.Tensor, tensors: list[torch.Tensor | None]) -> BlockStruct:
-        """Of a block that for_c finds fit, with new seeds."""
+    def template(self, x: torch.Tensor, tensors: list[torch.Tensor | None]) -> BlockStruct:
+        """Of a block that for_c finds fit: the same object for all that are alike."""
         attn, mlp, is_centred = self.attn, self.mlp, isinstance(self.ln_1, LayerNorm)
         p_attention, p = (attn.dropout, mlp.dropout.p) if self.training else (0.0, 0.0)
         heads = (attn.n_head, attn.n_kv, attn.head_dim, x.size(-1), mlp.c_proj.in_features, mlp.is_gated)
         eps = 1e-5 if is_centred else self.ln_1.eps, attn.q_norm.eps if attn.q_norm else 0.0
         there = tuple([t is not None for t in tensors])
-        template, sizes = struct_of(
-            torch.get_num_threads(), *x.shape[:2], *heads, is_centred, p_attention, p, *eps, there
-        )
-        struct = BlockStruct.from_buffer_copy(template)
-        struct.sizes = sizes
-        struct.attention.seed = new_seed() if p_attention else 0  # drawn in the order of model.py's modules
-        struct.seeds[:] = [new_seed() if p else 0 for _ in range(2)]
-        return struct
+        return struct_of(torch.get_num_threads(), *x.shape[:2], *heads, is_centred, p_attention, p, *eps, there)
+
+    def draw(self, struct: BlockStruct) -> None:
+        """New seeds, in the order of model.py's modules."""
+        drops = self.training and self.mlp.dropout.p
+        struct.attention.seed = new_seed() if self.training and self.attn.dropout else 0
+        struct.seeds[:] = [new_seed() if drops else 0 for _ in range(2)]
 
     def for_c(self, x: torch.Tensor, rope) -> list[torch.Tensor | None] | None:
         """The weights and the tables of rotations, as BlockStruct.point_to wants them.
@@ -538,6 +542,14 @@ class FastBlock(Block):
         return tensors if (x.__class__, x.dtype, x.is_cpu) in PLAIN else None
 
 
+def through_blocks(blocks: Iterable[FastBlock], templates: list[BlockStruct], x: torch.Tensor, tensors: Iterable):
+    """What blocks that are alike make of x, in C."""
+    structs = (BlockStruct * len(templates))(*templates)
+    for block, struct in zip(blocks, structs, strict=True):
+        block.draw(struct)
+    return BlocksInC.apply(x, templates[0], structs, torch.is_grad_enabled(), *tensors)
+
+
 class FastGPT(GPT):
     def _hidden(self, idx: torch.Tensor, position: torch.Tensor, cache=None) -> torch.Tensor:
         """Of a small network all blocks are computed at once, since to get from one to the next takes time too."""
@@ -550,9 +562,12 @@ class FastGPT(GPT):
         fit = [type(block) is FastBlock and is_bare(block) and block.training == self.training for block in blocks]
         is_wanted = all(fit) and (x.requires_grad or not torch.is_grad_enabled())
         tensors = [block.for_c(x, rope) for block in blocks] if is_wanted else []
-        if tensors and all(tensors):
-            structs = [block.struct(x, its) for block, its in zip(blocks, tensors, strict=True)]
-            x = BlocksInC.apply(x, structs, torch.is_grad_enabled(), *itertools.chain(*tensors))
+        is_wanted = bool(tensors) and all(tensors)
+        templates = (
+            [block.template(x, its) for block, its in zip(blocks, tensors, strict=True)] if is_wanted else [None]
+        )
+        if all(its is templates[0] is not None for its in templates):
+            x = through_blocks(blocks, templates, x, itertools.chain(*tensors))
         else:
             for block in blocks:
                 x = block(x, rope)
