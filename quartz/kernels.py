@@ -416,14 +416,14 @@ class BlocksInC(torch.autograd.Function):
 
 
 PIECE = 2**14  # numbers of which passes.c takes one sum
-FLOATS = {(torch.Tensor, torch.float32, "cpu", True)}  # gradients that C takes
+FLOATS = {(torch.Tensor, torch.float32, True, True)}  # gradients that C takes
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_, in a pass or two over all gradients in place of two over each."""
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    kinds = {(g.__class__, g.dtype, g.device.type, g.is_contiguous()) for g in grads}
+    kinds = {(g.__class__, g.dtype, g.is_cpu, g.is_contiguous()) for g in grads}
     if not grads or not kinds <= FLOATS or in_c() is None:
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
     n, lengths = len(grads), [g.numel() for g in grads]
@@ -479,7 +479,7 @@ METHODS = {"forward", "heads", "shared", "attend", "activate"}
 def is_bare(part: nn.Module) -> bool:
     """Nobody looks at a module, or has put something in the place of one of its methods."""
     hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return not hooks and METHODS.isdisjoint(vars(part))
+    return not hooks and vars(part).keys().isdisjoint(METHODS)
 
 
 class FastBlock(Block):
