@@ -466,30 +466,34 @@ static void sequence_forward(const struct block *s, const struct kept *k, const 
     EACH_CHUNK(first, last) after_attention(s, k, w, x, y, chunk);
 }
 
+static void block_forward(const struct block *s, const struct kept *k, const struct work *w, const float *x, float *y) {
+    lay_out_weights(s, 1, w, 0);
+    EACH_PART EACH_CHUNK(0, tokens(s)) before_attention(s, k, w, x, chunk);
+    EACH_PART for (int64_t head = 0; head < s->heads.batch * s->heads.n_kv; head++)
+        attend_head(s, k, w, head);
+    EACH_PART EACH_CHUNK(0, tokens(s)) after_attention(s, k, w, x, y, chunk);
+}
+
+#define FROM(nth) ((nth) ? k[(nth)-1].next : x)
+#define TO(nth) ((nth) + 1 < count ? k[nth].next : y)
+
 /* x, y (batch, T, width): what goes into the first of `count` blocks that are alike, and what comes out of the last; kept,
    work: of blocks_sizes. */
 void blocks_forward(const struct block *s, int64_t count, int64_t keeps, const float *x, float *y, float *kept_memory,
                     float *work_memory) {
-    const int64_t at_once = by_sequence(s), heads = s->heads.batch * s->heads.n_kv;
+    const int64_t at_once = by_sequence(s);
     struct kept k[count];
     struct work w[count];
     kept_of(s, count, keeps, kept_memory, &(int64_t){0}, k);
     work_of(s, count, at_once, work_memory, &(int64_t){0}, w, 0);
-#define FROM(nth) ((nth) ? k[(nth)-1].next : x)
-#define TO(nth) ((nth) + 1 < count ? k[nth].next : y)
     if (at_once) {
         lay_out_weights(s, count, w, 0);
         EACH_SEQUENCE for (int64_t sequence = 0; sequence < s->heads.batch; sequence++)
             for (int64_t nth = 0; nth < count; nth++)
                 sequence_forward(s + nth, k + nth, w + nth, FROM(nth), TO(nth), sequence);
     } else
-        for (int64_t nth = 0; nth < count; nth++) {
-            lay_out_weights(s + nth, 1, w, 0);
-            EACH_PART EACH_CHUNK(0, tokens(s)) before_attention(s + nth, k + nth, w, FROM(nth), chunk);
-            EACH_PART for (int64_t head = 0; head < heads; head++)
-                attend_head(s + nth, k + nth, w, head);
-            EACH_PART EACH_CHUNK(0, tokens(s)) after_attention(s + nth, k + nth, w, FROM(nth), TO(nth), chunk);
-        }
+        for (int64_t nth = 0; nth < count; nth++)
+            block_forward(s + nth, k + nth, w, FROM(nth), TO(nth));
 }
 
 /* Back from the end to attention, for a chunk; grad_x is not all of it yet. */
@@ -607,6 +611,7 @@ static void block_backward(const struct block *s, const struct kept *k, const st
     }
     EACH_PART for (int64_t part = 0; part < parts.begin[LINEARS]; part++)
         weight_part(s, w, to, part, &parts);
+    sum_chunks(s, w, to);
 }
 
 /* A half of the sequences, back through all blocks. */
@@ -624,6 +629,14 @@ static void half_backward(const struct block *s, int64_t count, const struct kep
     }
 }
 
+/* To the gradients over the first half of the tokens, those over the second. */
+static void add_halves(const struct block *s, int64_t count, const struct work *w, const struct gradients *to) {
+    EACH_PART for (int64_t part = 0; part < count * LINEARS; part++) {
+        const int64_t nth = part / LINEARS, i = part % LINEARS;
+        add_to(inputs(s, i) * outputs(s, i), w[nth].others[i], to[nth].weights[i]);
+    }
+}
+
 /* With x, what blocks_forward kept, and the gradient of y: that of x, and of each block's weights. */
 void blocks_backward(const struct block *s, int64_t count, const float *x, float *kept_memory, const float *grad,
                      float *grad_x, const struct gradients *to, float *work_memory) {
@@ -636,14 +649,10 @@ void blocks_backward(const struct block *s, int64_t count, const float *x, float
         lay_out_weights(s, count, w, 1);
         EACH_SEQUENCE for (int64_t is_second = 0; is_second < 2; is_second++)
             half_backward(s, count, k, w, x, grad, grad_x, to, is_second);
-        EACH_PART for (int64_t part = 0; part < count * LINEARS; part++) {
-            const int64_t nth = part / LINEARS, i = part % LINEARS;
-            add_to(inputs(s, i) * outputs(s, i), w[nth].others[i], to[nth].weights[i]);
-        }
-    }
-    for (int64_t nth = count - 1; nth >= 0; nth--, grad = grad_x) {
-        if (!at_once)
+        add_halves(s, count, w, to);
+        for (int64_t nth = 0; nth < count; nth++)
+            sum_chunks(s + nth, w + nth, to + nth);
+    } else
+        for (int64_t nth = count - 1; nth >= 0; nth--, grad = grad_x)
             block_backward(s + nth, k + nth, w, FROM(nth), grad, grad_x, to + nth);
-        sum_chunks(s + nth, w + nth, to + nth);
-    }
 }

@@ -14,6 +14,7 @@ trains.
 import ctypes
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -400,12 +401,7 @@ class BlocksInC(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         (x, kept, *tensors), structs, grad = ctx.saved_tensors, ctx.structs, grad.contiguous()
         BlocksInC.point_to(structs, tensors)
-        grads = [  # none of cosines and sines
-            t if t is None or n % POINTERS >= GRADIENTS else torch.empty_like(t) for n, t in enumerate(tensors)
-        ]
-        wheres, grad_x, work = pointers(grads), torch.empty_like(x), floats(ctx.needs[3])
-        wheres = [where for n, where in enumerate(wheres) if n % POINTERS < GRADIENTS]
-        to = (ctypes.c_void_p * len(wheres))(*wheres)
+        (grads, to), grad_x, work = BlocksInC.new_gradients(tensors), torch.empty_like(x), floats(ctx.needs[3])
         in_c().blocks_backward(structs, ctypes.c_int64(len(structs)), *at(x, kept, grad, grad_x), to, *at(work))
         return grad_x, None, None, None, *grads
 
@@ -413,6 +409,67 @@ class BlocksInC(torch.autograd.Function):
     def point_to(structs, tensors: list[torch.Tensor | None]) -> None:
         for nth, struct in enumerate(structs):
             struct.point_to(tensors[POINTERS * nth : POINTERS * (nth + 1)])
+
+    @staticmethod
+    def new_gradients(tensors: list[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], ctypes.Array]:
+        """Of all tensors but cosines and sines, and where they lie."""
+        grads = [t if t is None or n % POINTERS >= GRADIENTS else torch.empty_like(t) for n, t in enumerate(tensors)]
+        wheres = [where for n, where in enumerate(pointers(grads)) if n % POINTERS < GRADIENTS]
+        return grads, (ctypes.c_void_p * len(wheres))(*wheres)
+
+
+ENDS = 5  # tensors of a network outside of its blocks
+
+
+class NetworkStruct(ctypes.Structure):
+    """quartz/network.c's struct network. ends: embeddings, positions, head, and the last norm's weight and bias."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "vocab", "seed")),
+        *((name, ctypes.c_void_p) for name in ("idx", "targets", "factors")),
+        ("ends", ctypes.c_void_p * ENDS),
+    ]
+
+
+class NetworkInC(torch.autograd.Function):
+    """The loss of a whole network, ids (B, T) given; see GPT.forward."""
+
+    @staticmethod
+    def forward(ctx, divisor, keeps: bool, network: NetworkStruct, template: BlockStruct, structs, ids: list, *tensors):
+        """ids: idx, targets and factors, or None; tensors: ENDS of them, and POINTERS for each of the structs."""
+        tensors, library = [t if t is None else t.contiguous() for t in tensors], in_c()
+        NetworkInC.point_to(network, structs, ids, tensors)
+        ctx.needs = (ctypes.c_int64 * 4)()
+        library.network_sizes(ctypes.byref(network), structs, ctx.needs)
+        kept, work, sums = floats(ctx.needs[not keeps]), floats(ctx.needs[2]), (ctypes.c_double * 2)()
+        places = at(kept, work)
+        if library.network_forward(ctypes.byref(network), structs, ctypes.c_int64(keeps), *places, sums):
+            raise IndexError("a token is not in the vocabulary")
+        ctx.network, ctx.structs = network, structs
+        ctx.divisor = (sums[1] if divisor is None else divisor) or math.nan
+        ctx.save_for_backward(*([kept] if keeps else []), *ids, *tensors)
+        return torch.tensor(sums[0] / ctx.divisor, dtype=torch.float32, device="cpu")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        kept, *saved = ctx.saved_tensors
+        ids, tensors, work = saved[:3], saved[3:], floats(ctx.needs[3])
+        NetworkInC.point_to(ctx.network, ctx.structs, ids, tensors)
+        ends = [t if t is None else torch.empty_like(t) for t in tensors[:ENDS]]
+        grads, to = BlocksInC.new_gradients(tensors[ENDS:])
+        scale, of_ends = ctypes.c_float(grad.item() / ctx.divisor), (ctypes.c_void_p * ENDS)(*pointers(ends))
+        places = ctypes.byref(ctx.network), ctx.structs, *at(kept), scale, of_ends, to, *at(work)
+        in_c().network_backward(*places)
+        return *(None,) * 6, *ends, *grads
+
+    @staticmethod
+    def point_to(network: NetworkStruct, structs, ids: list, tensors: list[torch.Tensor | None]) -> None:
+        network.idx, network.targets, network.factors = pointers(ids)
+        wheres = pointers(tensors[:ENDS])
+        wheres[2] = wheres[2] or wheres[0]  # a head that is tied
+        network.ends = tuple(wheres)
+        BlocksInC.point_to(structs, tensors[ENDS:])
 
 
 PIECE = 2**14  # numbers of which passes.c takes one sum
@@ -473,7 +530,7 @@ def may_be_c(module: nn.Module) -> bool:
 
 PLAIN = {(kind, torch.float32, True) for kind in (torch.Tensor, nn.Parameter)}
 SMALL = 2**35  # a network's weights, times the tokens
-METHODS = {"forward", "heads", "shared", "attend", "activate"}
+METHODS = {"forward", "heads", "shared", "attend", "activate", "embed", "_hidden", "_rope"}
 
 
 def is_bare(part: nn.Module) -> bool:
@@ -546,36 +603,105 @@ class FastBlock(Block):
         return tensors if (x.__class__, x.dtype, x.is_cpu) in PLAIN else None
 
 
-def through_blocks(blocks: Iterable[FastBlock], templates: list[BlockStruct], x: torch.Tensor, tensors: Iterable):
-    """What blocks that are alike make of x, in C."""
+def drawn(blocks: Iterable[FastBlock], templates: list[BlockStruct]) -> ctypes.Array:
+    """Copies of what blocks are like, with seeds."""
     structs = (BlockStruct * len(templates))(*templates)
     for block, struct in zip(blocks, structs, strict=True):
         block.draw(struct)
-    return BlocksInC.apply(x, templates[0], structs, torch.is_grad_enabled(), *tensors)
+    return structs
+
+
+def through_blocks(blocks: Iterable[FastBlock], templates: list[BlockStruct], x: torch.Tensor, tensors: Iterable):
+    """What blocks that are alike make of x, in C."""
+    return BlocksInC.apply(x, templates[0], drawn(blocks, templates), torch.is_grad_enabled(), *tensors)
 
 
 class FastGPT(GPT):
+    """Of a small network all is computed at once, since to get from one thing to the next takes time too."""
+
+    def forward(self, idx, targets=None, weights=None, divisor=None, return_logits=True):
+        found = None
+        if targets is not None and not return_logits and (weights is None or divisor is not None):
+            found = self.as_network(idx, targets, weights)
+        if found is None:
+            return super().forward(idx, targets, weights, divisor, return_logits)
+        *network, tensors = found
+        divisor = divisor.item() if isinstance(divisor, torch.Tensor) else divisor
+        return None, NetworkInC.apply(divisor, torch.is_grad_enabled(), *network, *tensors)
+
+    def blocks_for_c(self, x: torch.Tensor, rope) -> tuple[list[BlockStruct], list] | None:
+        """Their templates, and what for_c gives of each; None if they are not alike, or one is not fit."""
+        blocks = self.transformer.h
+        for block in blocks:
+            if type(block) is not FastBlock or not is_bare(block) or block.training != self.training:
+                return None
+        tensors = [block.for_c(x, rope) for block in blocks]
+        if not all(tensors):
+            return None
+        templates = [block.template(x, its) for block, its in zip(blocks, tensors, strict=True)]
+        alike = all(its is templates[0] for its in templates)
+        return (templates, [*itertools.chain(*tensors)]) if alike and templates else None
+
+    def is_small(self, tokens: int) -> bool:
+        c = self.config
+        return 12 * c.n_layer * c.n_embd**2 * tokens < SMALL and not self.activation_checkpointing and may_be_c(self)
+
     def _hidden(self, idx: torch.Tensor, position: torch.Tensor, cache=None) -> torch.Tensor:
-        """Of a small network all blocks are computed at once, since to get from one to the next takes time too."""
-        blocks, c = self.transformer.h, self.config
-        is_small = 12 * c.n_layer * c.n_embd**2 * idx.numel() < SMALL  # what is at once keeps its gradients for as long
-        if cache is not None or self.activation_checkpointing or not is_small or not may_be_c(self):
+        if cache is not None or not self.is_small(idx.numel()):
             return super()._hidden(idx, position, cache)
         x, rope = self.embed(idx, position)
         # At once they are all differentiated: the first ones too, where none of their weights is trained
-        fit = [type(block) is FastBlock and is_bare(block) and block.training == self.training for block in blocks]
-        is_wanted = all(fit) and (x.requires_grad or not torch.is_grad_enabled())
-        tensors = [block.for_c(x, rope) for block in blocks] if is_wanted else []
-        is_wanted = bool(tensors) and all(tensors)
-        templates = (
-            [block.template(x, its) for block, its in zip(blocks, tensors, strict=True)] if is_wanted else [None]
-        )
-        if all(its is templates[0] is not None for its in templates):
-            x = through_blocks(blocks, templates, x, itertools.chain(*tensors))
+        is_wanted = x.requires_grad or not torch.is_grad_enabled()
+        found = self.blocks_for_c(x, rope) if is_wanted else None
+        if found:
+            x = through_blocks(self.transformer.h, found[0], x, found[1])
         else:
-            for block in blocks:
+            for block in self.transformer.h:
                 x = block(x, rope)
         return self.transformer.ln_f(x)
+
+    def as_network(self, idx: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> tuple | None:
+        """What NetworkInC.forward takes, but for the divisor; None where anything is not as model.py makes it, is not
+        trained, or is of a size that C does not know.
+        """
+        if idx.dim() != 2 or not self.is_small(idx.numel()):
+            return None
+        C, parts, head = self.config.n_embd, self.transformer._modules, self._modules["lm_head"]
+        (B, T), (wte, wpe, drop, ln_f, blocks) = idx.shape, map(parts.get, ("wte", "wpe", "drop", "ln_f", "h"))
+        first, tables = blocks[0], [table for table in (wte, wpe) if table is not None]
+        kinds = [type(part) for part in (first, head, drop, *tables)]
+        if kinds != [FastBlock, nn.Linear, FastDropout, *[nn.Embedding] * len(tables)] or head.bias is not None:
+            return None
+        if {(t.padding_idx, t.max_norm, t.scale_grad_by_freq, t.sparse) for t in tables} != {
+            (None, None, False, False)
+        }:
+            return None
+        if not all(is_bare(part) and part.training == self.training for part in (self, head, drop, ln_f, *tables)):
+            return None
+        if type(ln_f) is not type(first.ln_1) or getattr(ln_f, "eps", 0) != getattr(first.ln_1, "eps", 0):
+            return None
+        given = [idx, targets, *([] if weights is None else [weights.float()])]
+        wanted = [(idx.shape, torch.Tensor, dtype, True) for dtype in (torch.int64, torch.int64, torch.float32)]
+        if [(ids.shape, type(ids), ids.dtype, ids.is_cpu) for ids in given] != wanted[: len(given)]:
+            return None
+        (V, _), (length, _) = wte.weight.shape, wpe.weight.shape if wpe else (self.config.block_size, 0)
+        if min(length, self.config.block_size) < T:
+            return None
+        ends = [wte.weight, wpe and wpe.weight, None if head.weight is wte.weight else head.weight, ln_f.weight]
+        ends.append(getattr(ln_f, "bias", None))
+        for t, shape in zip(ends, ((V, C), (length, C), (V, C), (C,), (C,)), strict=True):
+            if t is not None and (t.shape != shape or (t.__class__, t.dtype, t.is_cpu) not in PLAIN):
+                return None
+        rope = None if wpe else tuple(table[:T, None] for table in self._rope(idx.device))
+        found = self.blocks_for_c(floats(B, T, C), rope)  # what embeddings will be like
+        if not found or drop.p != first.mlp.dropout.p or first.mlp.c_fc.out_features < V + 32:
+            return None
+        trained = [*ends, *(t for n, t in enumerate(found[1]) if n % POINTERS < GRADIENTS)]
+        if torch.is_grad_enabled() and not all(t is None or t.requires_grad for t in trained):
+            return None
+        network = NetworkStruct(len(found[0]), V, new_seed() if self.training and drop.p else 0)
+        ids = [*(ids.contiguous() for ids in given), *[None] * (3 - len(given))]
+        return network, found[0][0], drawn(blocks, found[0]), ids, [*ends, *found[1]]
 
 
 FASTER = {

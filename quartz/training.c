@@ -1,4 +1,4 @@
 /* What trains a GPT on a CPU, as one library, for quartz/kernels.py. */
 
-#include "block.c"
 #include "muon.c"
+#include "network.c"

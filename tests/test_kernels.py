@@ -177,7 +177,7 @@ def memory(monkeypatch):
 
 @pytest.mark.parametrize(
     "shape",
-    [(4, 64, 4, 64), (12, 128, 1, 16), (3, 37, 4, 64), (1, 1, 2, 96), (5, 65, 6, 192), (1, 300, 1, 16)],
+    [(4, 64, 4, 64), (9, 64, 2, 32), (13, 128, 1, 16), (3, 37, 4, 64), (1, 1, 2, 96), (5, 65, 6, 192), (1, 300, 1, 16)],
     ids=str,
 )
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "gpt2 without biases"])
@@ -185,7 +185,7 @@ def test_a_block_in_c_is_what_model_py_says(arch, shape, threads, blocks, memory
     """If this fails after a change of model.py's Block, or of a part of it, change quartz/block.c with it.
 
     Loss and every gradient are as near to float32's as those of the modules in bfloat16 are, in evaluation too; a
-    block has the same bits by one thread as by three, and by itself as with the others.
+    block has the same bits whatever the threads (two share sequences otherwise than three), alone and with the others.
     """
     B, T, n_head, width = shape
     settings = ARCHITECTURES.get(arch, {"bias": False})
@@ -196,18 +196,21 @@ def test_a_block_in_c_is_what_model_py_says(arch, shape, threads, blocks, memory
     blocks(True)
     block, x = fast.transformer.h[0], torch.randn(B, T, width, requires_grad=True)
     rope = fast.embed(idx[:, :-1], torch.arange(T))[1]
-    for count in (1, 3):
+    for count in (1, 2, 3):
         threads(count)
         with torch.autocast("cpu", torch.bfloat16):
             y = block(x, rope)
         along = y.transpose(1, 2).contiguous() if count == 1 else y  # so gradients come laid out otherwise
         found.append([y, *torch.autograd.grad((along * along).sum(), [x, *block.parameters()])])
-    assert all(map(torch.equal, *found))
-    memory.setattr(kernels, "SMALL", 0)
-    alone = loss_and_gradients(fast, idx, autocast=True)
-    memory.setattr(kernels, "SMALL", 2**40)
-    found = loss_and_gradients(fast, idx, autocast=True)
-    assert all(map(torch.equal, alone, found))
+    assert all(torch.equal(*its) for others in found[1:] for its in zip(found[0], others, strict=True))
+    memory.setattr(kernels.FastGPT, "as_network", lambda *its: None)
+    for count in (1, 2, 3):
+        threads(count)
+        memory.setattr(kernels, "SMALL", 0)
+        alone = loss_and_gradients(fast, idx, autocast=True)
+        memory.setattr(kernels, "SMALL", 2**40)
+        found = loss_and_gradients(fast, idx, autocast=True)
+        assert all(map(torch.equal, alone, found)), count
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert abs(fast.eval()(idx[:, :-1], idx[:, 1:])[1] - found[0]) < 1e-5
     blocks(False)
@@ -218,6 +221,110 @@ def test_a_block_in_c_is_what_model_py_says(arch, shape, threads, blocks, memory
         ["loss", *dict(plain.named_parameters())], distances(found, exact), distances(modules, exact), strict=True
     ):
         assert ours < 2 * theirs + 5e-3, name
+
+
+@pytest.mark.parametrize("shape", [(12, 64, 2, 32), (9, 128, 1, 32), (3, 37, 4, 64), (1, 1, 2, 32)], ids=str)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "gpt2 without biases", "weighted"])
+def test_a_network_in_c_is_what_model_py_says(arch, shape, threads, blocks, memory):
+    """If this fails after a change of model.py's GPT.forward, or of what it calls, change quartz/network.c with it."""
+    B, T, n_head, width = shape
+    settings = ARCHITECTURES.get(arch, {"bias": False})
+    settings = settings | ({"n_kv_head": max(1, n_head // 2)} if arch == "qwen3" else {})
+    plain = shaken(GPTConfig(T, 65, 2, n_head, width, **settings))
+    idx, targets = torch.randint(65, (2, B, T))
+    targets[torch.rand(B, T) < 0.3] = -1
+    targets[0, 0] = 64
+    given = {"weights": torch.rand(B, T) - 0.3, "divisor": torch.tensor(7.5)} if arch == "weighted" else {}
+
+    def computed(gpt: GPT, autocast: bool) -> list[torch.Tensor]:
+        gpt.train().zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = gpt(idx, targets, return_logits=False, **given)[1]
+            with torch.no_grad():
+                evaluated = gpt.eval()(idx, targets, return_logits=False, **given)[1]
+        (3 * loss).backward()
+        return [loss.detach(), evaluated, *(p.grad.clone() for p in gpt.parameters())]
+
+    fast, found = copy.deepcopy(plain), []
+    kernels.install(fast)
+    blocks(True)
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(computed(fast, autocast=True))
+        assert found[-1][0].dtype == torch.float32 and all(map(torch.equal, found[0], found[-1])), count
+    assert torch.equal(*found[0][:2])
+    blocks(False)
+    modules, exact = computed(fast, autocast=True), computed(plain, autocast=False)
+    assert not torch.equal(modules[0], found[0][0]), "the network has to have been computed in C"
+    for name, ours, theirs in zip(
+        ["loss", "evaluated", *dict(plain.named_parameters())],
+        distances(found[0], exact),
+        distances(modules, exact),
+        strict=True,
+    ):
+        assert ours < 2 * theirs + 5e-3, name
+
+
+def test_a_network_in_c_drops_what_its_modules_drop(blocks, monkeypatch):
+    blocks(True)
+    gpt, idx, found = shaken(GPTConfig(64, 65, 2, 4, 64, dropout=0.3, bias=False), 0.1), torch.randint(65, (9, 65)), []
+    kernels.install(gpt)
+    for way in ("network", "blocks"):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            found.append(loss_and_gradients(gpt, idx, autocast=True))
+        monkeypatch.setattr(kernels.FastGPT, "as_network", lambda *its: None)
+        assert way
+    assert max(distances(found[0], found[2])) < 0.02 and max(distances(found[1], found[3])) < 0.02
+    assert distances(found[0], found[1])[1] > 0.3, "another seed drops others"
+
+
+NOT_MODEL_PYS = {
+    "a hook": lambda gpt: gpt.lm_head.register_forward_hook(lambda part, given, logits: logits * 0.5),
+    "a method": lambda gpt: setattr(gpt.transformer.ln_f, "forward", lambda x: x * 0.5),
+    "an embedding of its own": lambda gpt: setattr(gpt, "embed", lambda idx, at: (gpt.transformer.wte(idx) * 2, None)),
+    "another norm": lambda gpt: setattr(gpt.transformer, "ln_f", OtherNorm(64)),
+    "no dropout": lambda gpt: setattr(gpt.transformer, "drop", nn.Identity()),
+    "a head with a bias": lambda gpt: setattr(gpt, "lm_head", nn.Linear(64, 65)),
+    "a frozen head": lambda gpt: gpt.lm_head.weight.requires_grad_(False),
+    "a large vocabulary": lambda gpt: setattr(gpt.transformer, "wte", nn.Embedding(300, 64)),
+}
+
+
+@pytest.mark.parametrize("what", NOT_MODEL_PYS)
+def test_what_is_replaced_in_a_network_computes(what, blocks, monkeypatch):
+    blocks(True)
+    gpt, idx = shaken(GPTConfig(32, 65, 2, 4, 64, bias=False), 0.1), torch.randint(65, (9, 33))
+    kernels.install(gpt)
+    usual = loss_and_gradients(gpt, idx, autocast=True)
+    NOT_MODEL_PYS[what](gpt)
+    found = loss_and_gradients(gpt, idx, autocast=True, only=lambda p: p.grad is not None)
+    monkeypatch.setattr(kernels.FastGPT, "as_network", lambda *its: None)
+    assert all(map(torch.equal, found, loss_and_gradients(gpt, idx, autocast=True, only=lambda p: p.grad is not None)))
+    assert not torch.equal(found[0], usual[0])
+
+
+def test_a_network_in_c_refuses_what_modules_refuse(blocks):
+    blocks(True)
+    gpt, idx = shaken(GPTConfig(32, 65, 2, 4, 64, bias=False)), torch.randint(65, (2, 33))
+    kernels.install(gpt)
+    for place, token in (((0, 3), 65), ((1, 5), -1), ((1, 32), 70)):
+        strange = idx.clone()
+        strange[place] = token
+        with pytest.raises(IndexError):
+            loss_and_gradients(gpt, strange, autocast=True)
+    with pytest.raises(ValueError, match="do not fit"):
+        loss_and_gradients(gpt, torch.randint(65, (2, 34)), autocast=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        none = gpt(idx[:, 1:], torch.full((2, 32), -1), return_logits=False)[1]
+        assert none.isnan() and gpt(idx[:, 1:], torch.full((2, 32), -1), divisor=3, return_logits=False)[1] == 0
+        own = idx[:, 1:].contiguous()
+        loss = gpt(own, own, return_logits=False)[1]
+    none.backward()
+    assert all(p.grad.isnan().any() for p in gpt.parameters())
+    own += 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
