@@ -5,10 +5,10 @@ stands in for them while a model trains, and tests/test_kernels.py says where th
 torch.compile and on other devices a module computes what model.py says, but for the norm's own backward pass there.
 
 Where there is a C compiler, there are two ways. In bfloat16, on processors that multiply it in vectors (AVX512-BF16), a
-block as a whole is quartz/block.c's, but in evaluation with gradients, and Muon's steps are quartz/muon.c's. Where a
-library multiplies faster (AMX), in float32, or where one of a block's parts is not model.py's own, products are
-PyTorch's; what comes between them is quartz/passes.c's, and attention in bfloat16 quartz/attention.c's, while a model
-trains.
+block as a whole is quartz/block.c's, but in evaluation with gradients, and Muon's steps are quartz/muon.c's; a small
+network with a small vocabulary is quartz/network.c's from its tokens to its loss. Where a library multiplies faster
+(AMX), in float32, or where one of a block's parts is not model.py's own, products are PyTorch's; what comes between them
+is quartz/passes.c's, and attention in bfloat16 quartz/attention.c's, while a model trains.
 """
 
 import ctypes
@@ -617,7 +617,7 @@ def through_blocks(blocks: Iterable[FastBlock], templates: list[BlockStruct], x:
 
 
 class FastGPT(GPT):
-    """Of a small network all is computed at once, since to get from one thing to the next takes time too."""
+    """A small network: all of it, or all blocks, at once, since to get from one thing to the next takes time too."""
 
     def forward(self, idx, targets=None, weights=None, divisor=None, return_logits=True):
         found = None
