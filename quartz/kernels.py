@@ -7,8 +7,8 @@ torch.compile and on other devices a module computes what model.py says, but for
 Where there is a C compiler, there are two ways. In bfloat16, on processors that multiply it in vectors (AVX512-BF16), a
 block as a whole is quartz/block.c's, but in evaluation with gradients, and Muon's steps are quartz/muon.c's; a small
 network with a small vocabulary is quartz/network.c's from its tokens to its loss. Where a library multiplies faster
-(AMX), in float32, or where one of a block's parts is not model.py's own, products are PyTorch's; what comes between them
-is quartz/passes.c's, and attention in bfloat16 quartz/attention.c's, while a model trains.
+(AMX), in float32, or where one of a block's parts is not model.py's own, products are PyTorch's; what comes between
+them is quartz/passes.c's, and attention in bfloat16 quartz/attention.c's, while a model trains.
 """
 
 import ctypes
@@ -456,7 +456,9 @@ class NetworkInC(torch.autograd.Function):
         kept, *saved = ctx.saved_tensors
         ids, tensors, work = saved[:3], saved[3:], floats(ctx.needs[3])
         NetworkInC.point_to(ctx.network, ctx.structs, ids, tensors)
-        ends = [t if t is None else torch.empty_like(t) for t in tensors[:ENDS]]
+        ends = [
+            t if t is None else torch.zeros_like(t) for t in tensors[:ENDS]
+        ]  # of later positions nothing is written
         grads, to = BlocksInC.new_gradients(tensors[ENDS:])
         scale, of_ends = ctypes.c_float(grad.item() / ctx.divisor), (ctypes.c_void_p * ENDS)(*pointers(ends))
         places = ctypes.byref(ctx.network), ctx.structs, *at(kept), scale, of_ends, to, *at(work)

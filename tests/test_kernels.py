@@ -230,7 +230,7 @@ def test_a_network_in_c_is_what_model_py_says(arch, shape, threads, blocks, memo
     B, T, n_head, width = shape
     settings = ARCHITECTURES.get(arch, {"bias": False})
     settings = settings | ({"n_kv_head": max(1, n_head // 2)} if arch == "qwen3" else {})
-    plain = shaken(GPTConfig(T, 65, 2, n_head, width, **settings))
+    plain = shaken(GPTConfig(T + 5, 65, 2, n_head, width, **settings))
     idx, targets = torch.randint(65, (2, B, T))
     targets[torch.rand(B, T) < 0.3] = -1
     targets[0, 0] = 64
