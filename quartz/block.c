@@ -141,15 +141,16 @@ static void work_of_one(const struct block *s, struct work *w, float *memory, in
     w->head_sums = part_of(memory, used, chunks(s) * 2 * s->heads.head_dim);
 }
 
-/* Of `count` blocks that are alike, all of them at once or one after the other in the same memory. */
-static void kept_of(const struct block *s, int64_t count, int64_t at_once, float *memory, int64_t *used, struct kept *k) {
+/* Of `count` blocks that are alike: each in memory of its own, or, if no backward pass is to come, all in the same. */
+static void kept_of(const struct block *s, int64_t count, int64_t keeps, float *memory, int64_t *used, struct kept *k) {
     for (int64_t nth = 0; nth < count; nth++)
-        if (nth && !at_once)
+        if (nth && !keeps)
             k[nth] = k[0];
         else
-            k[nth] = kept_in(s + nth, at_once ? nth + 1 == count : count == 1, memory, used);
+            k[nth] = kept_in(s + nth, keeps ? nth + 1 == count : count == 1, memory, used);
 }
 
+/* Likewise: all blocks at once, or one after the other in the same memory. */
 static void work_of(const struct block *s, int64_t count, int64_t at_once, float *memory, int64_t *used, struct work *w,
                     int64_t is_backward) {
     work_of_all(s, w, memory, used, is_backward);
@@ -169,7 +170,8 @@ int64_t block_pays(void) {
 #endif
 }
 
-/* Floats that blocks_forward keeps for a backward pass, and else, that it works in, and that blocks_backward works in. */
+/* Four numbers of floats: what blocks_forward keeps for a backward pass; what it keeps if none is to come; what it works in;
+   what blocks_backward works in. */
 void blocks_sizes(const struct block *s, int64_t count, int64_t *sizes) {
     struct kept k[count];
     struct work w[count];
@@ -595,7 +597,7 @@ static void weight_part(const struct block *s, const struct work *w, const struc
     }
 }
 
-/* One block after the other, by any number of threads. */
+/* Of one block, by any number of threads; the bits are those of half_backward and add_halves. */
 static void block_backward(const struct block *s, const struct kept *k, const struct work *w, const float *x,
                            const float *grad, float *grad_x, const struct gradients *to) {
     const struct parts parts = parts_of(s, outputs);

@@ -399,7 +399,8 @@ class BlocksInC(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        (x, kept, *tensors), structs, grad = ctx.saved_tensors, ctx.structs, grad.contiguous()
+        x, kept, *tensors = (t if t is None else t.contiguous() for t in ctx.saved_tensors)
+        structs, grad = ctx.structs, grad.contiguous()
         BlocksInC.point_to(structs, tensors)
         (grads, to), grad_x, work = BlocksInC.new_gradients(tensors), torch.empty_like(x), floats(ctx.needs[3])
         in_c().blocks_backward(structs, ctypes.c_int64(len(structs)), *at(x, kept, grad, grad_x), to, *at(work))
@@ -446,19 +447,19 @@ class NetworkInC(torch.autograd.Function):
         if library.network_forward(ctypes.byref(network), structs, ctypes.c_int64(keeps), *places, sums):
             raise IndexError("a token is not in the vocabulary")
         ctx.network, ctx.structs = network, structs
-        ctx.divisor = (sums[1] if divisor is None else divisor) or math.nan
+        by = sums[1] if divisor is None else divisor
+        ctx.divisor = by or (1 if divisor is None else math.nan)  # without targets gradients are zero
         ctx.save_for_backward(*([kept] if keeps else []), *ids, *tensors)
-        return torch.tensor(sums[0] / ctx.divisor, dtype=torch.float32, device="cpu")
+        return torch.tensor(sums[0] / by if by else math.nan, dtype=torch.float32, device="cpu")
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        kept, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # once_differentiable sees nothing of a loss's own gradient, which is one
+            raise RuntimeError("create_graph: the loss of a network in C can't be differentiated twice")
+        kept, *saved = (t if t is None else t.contiguous() for t in ctx.saved_tensors)
         ids, tensors, work = saved[:3], saved[3:], floats(ctx.needs[3])
         NetworkInC.point_to(ctx.network, ctx.structs, ids, tensors)
-        ends = [
-            t if t is None else torch.zeros_like(t) for t in tensors[:ENDS]
-        ]  # of later positions nothing is written
+        ends = [t if t is None else torch.zeros_like(t) for t in tensors[:ENDS]]  # later positions stay at zero
         grads, to = BlocksInC.new_gradients(tensors[ENDS:])
         scale, of_ends = ctypes.c_float(grad.item() / ctx.divisor), (ctypes.c_void_p * ENDS)(*pointers(ends))
         places = ctypes.byref(ctx.network), ctx.structs, *at(kept), scale, of_ends, to, *at(work)
@@ -569,13 +570,10 @@ class FastBlock(Block):
         None where anything is not as model.py makes it, or of a size that C does not know; and where somebody looks at
         a part, or has put something in the place of one of its methods.
         """
-        # From nn.Module's own dictionaries, which takes a third of the time
-        attn, mlp, *norms = (self._modules[name] for name in ("attn", "mlp", "ln_1", "ln_2"))
+        attn, mlp, norms = self.attn, self.mlp, (self.ln_1, self.ln_2)
         if x.dim() != 3 or wanted_dtype(x) != torch.bfloat16 or (type(attn), type(mlp)) != (FastAttention, FastMLP):
             return None
-        of_attn, of_mlp = attn._modules, mlp._modules
-        linears = (of_attn["c_attn"], of_attn["c_proj"], of_mlp["c_fc"], of_mlp["c_proj"])
-        drops = (of_attn["resid_dropout"], of_mlp["dropout"])
+        linears, drops = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj), (attn.resid_dropout, mlp.dropout)
         head_norms = [norm for norm in (attn.q_norm, attn.k_norm) if norm is not None]
         parts, kind = [*linears, *drops, *norms, *head_norms], type(norms[0])
         kinds = [nn.Linear] * 4 + [FastDropout] * 2 + [kind] * 2 + [FastRMSNorm] * len(head_norms)
@@ -594,10 +592,9 @@ class FastBlock(Block):
         inputs, tables = (C, read, C, hidden), tables_of(rope, T, D)
         if tables is None:
             return None
-        tensors = [
-            part._parameters.get(key) for group in (linears, norms) for key in ("weight", "bias") for part in group
-        ]
-        tensors += [*([norm._parameters.get("weight") for norm in head_norms] or [None] * 2), *tables]
+        tensors = [*(linear.weight for linear in linears), *(linear.bias for linear in linears)]
+        tensors += [*(norm.weight for norm in norms), *(getattr(norm, "bias", None) for norm in norms)]
+        tensors += [*([norm.weight for norm in head_norms] or [None] * 2), *tables]
         shapes = [*zip(outputs, inputs, strict=True), *((n,) for n in outputs), *[(C,)] * 4, *[(D,)] * 2, *[(T, D)] * 2]
         for t, shape in zip(tensors, shapes, strict=True):
             if t is not None and (t.shape != shape or (t.__class__, t.dtype, t.is_cpu) not in PLAIN):
@@ -622,13 +619,14 @@ class FastGPT(GPT):
     """A small network: all of it, or all blocks, at once, since to get from one thing to the next takes time too."""
 
     def forward(self, idx, targets=None, weights=None, divisor=None, return_logits=True):
-        found = None
-        if targets is not None and not return_logits and (weights is None or divisor is not None):
+        found, is_tensor = None, isinstance(divisor, torch.Tensor)
+        is_number = not is_tensor or not (divisor.requires_grad or divisor.dim())
+        if targets is not None and not return_logits and (weights is None or divisor is not None) and is_number:
             found = self.as_network(idx, targets, weights)
         if found is None:
             return super().forward(idx, targets, weights, divisor, return_logits)
         *network, tensors = found
-        divisor = divisor.item() if isinstance(divisor, torch.Tensor) else divisor
+        divisor = divisor.item() if is_tensor else divisor
         return None, NetworkInC.apply(divisor, torch.is_grad_enabled(), *network, *tensors)
 
     def blocks_for_c(self, x: torch.Tensor, rope) -> tuple[list[BlockStruct], list] | None:
@@ -666,9 +664,9 @@ class FastGPT(GPT):
         """What NetworkInC.forward takes, but for the divisor; None where anything is not as model.py makes it, is not
         trained, or is of a size that C does not know.
         """
-        if idx.dim() != 2 or not self.is_small(idx.numel()):
+        if idx.dim() != 2 or not self.is_small(idx.numel()) or not len(self.transformer.h):
             return None
-        C, parts, head = self.config.n_embd, self.transformer._modules, self._modules["lm_head"]
+        C, parts, head = self.config.n_embd, dict(self.transformer.items()), self.lm_head
         (B, T), (wte, wpe, drop, ln_f, blocks) = idx.shape, map(parts.get, ("wte", "wpe", "drop", "ln_f", "h"))
         first, tables = blocks[0], [table for table in (wte, wpe) if table is not None]
         kinds = [type(part) for part in (first, head, drop, *tables)]
@@ -694,9 +692,11 @@ class FastGPT(GPT):
         for t, shape in zip(ends, ((V, C), (length, C), (V, C), (C,), (C,)), strict=True):
             if t is not None and (t.shape != shape or (t.__class__, t.dtype, t.is_cpu) not in PLAIN):
                 return None
-        rope = None if wpe else tuple(table[:T, None] for table in self._rope(idx.device))
+        rope = None if wpe else self._rope(idx.device)[:, :T, None]
+        if rope is not None and rope.is_inference() and not torch.is_inference_mode_enabled():
+            return None
         found = self.blocks_for_c(floats(B, T, C), rope)  # what embeddings will be like
-        if not found or drop.p != first.mlp.dropout.p or first.mlp.c_fc.out_features < V + 32:
+        if not found or drop.p != first.mlp.dropout.p or first.mlp.c_fc.weight.size(0) < V + 32:
             return None
         trained = [*ends, *(t for n, t in enumerate(found[1]) if n % POINTERS < GRADIENTS)]
         if torch.is_grad_enabled() and not all(t is None or t.requires_grad for t in trained):

@@ -64,7 +64,7 @@ static struct head_work head_in(const struct network *net, const struct block *s
     return h;
 }
 
-/* As blocks_sizes, of a network. */
+/* As blocks_sizes, and what a network needs beside. */
 void network_sizes(const struct network *net, const struct block *s, int64_t *sizes) {
     blocks_sizes(s, net->count, sizes);
     for (int64_t i = 0; i < 2; i++) {

@@ -52,9 +52,9 @@ def adamw_step(optimizer: torch.optim.Optimizer, group: dict) -> None:
     grads, states = [p.grad for p in parameters], [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states, strict=True):
         if not state:
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             counts_on = p.device if group["fused"] else "cpu"  # as torch's own
-            state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
-            state |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            state |= {"step": torch.zeros((), dtype=torch.float32, device=counts_on), **zeros}
     steps, means, squares = ([state[key] for state in states] for key in moment_names(group))
     (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
     rest |= {key: getattr(optimizer, key, None) for key in ("grad_scale", "found_inf")}  # from float16's scaler

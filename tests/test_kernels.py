@@ -265,18 +265,26 @@ def test_a_network_in_c_is_what_model_py_says(arch, shape, threads, blocks, memo
         assert ours < 2 * theirs + 5e-3, name
 
 
-def test_a_network_in_c_drops_what_its_modules_drop(blocks, monkeypatch):
+def test_a_network_in_c_drops_what_it_drops_in_parts(blocks, monkeypatch):
     blocks(True)
     gpt, idx, found = shaken(GPTConfig(64, 65, 2, 4, 64, dropout=0.3, bias=False), 0.1), torch.randint(65, (9, 65)), []
     kernels.install(gpt)
-    for way in ("network", "blocks"):
+    for _ in ("the network", "embeddings, blocks and head"):
         for seed in (1, 2):
             torch.manual_seed(seed)
             found.append(loss_and_gradients(gpt, idx, autocast=True))
         monkeypatch.setattr(kernels.FastGPT, "as_network", lambda *its: None)
-        assert way
     assert max(distances(found[0], found[2])) < 0.02 and max(distances(found[1], found[3])) < 0.02
     assert distances(found[0], found[1])[1] > 0.3, "another seed drops others"
+
+
+def as_attribute(part: nn.Module, name: str, value: torch.Tensor) -> None:
+    delattr(part, name)
+    setattr(part, name, value)
+
+
+def divided(gpt: GPT, given: tuple, named: dict):
+    return given, named | {"divisor": torch.tensor([7.0])}
 
 
 NOT_MODEL_PYS = {
@@ -287,6 +295,12 @@ NOT_MODEL_PYS = {
     "no dropout": lambda gpt: setattr(gpt.transformer, "drop", nn.Identity()),
     "a head with a bias": lambda gpt: setattr(gpt, "lm_head", nn.Linear(64, 65)),
     "a frozen head": lambda gpt: gpt.lm_head.weight.requires_grad_(False),
+    "a bias that is no parameter": lambda gpt: as_attribute(gpt.transformer.h[0].mlp.c_fc, "bias", torch.ones(256)),
+    "a weight that is no parameter": lambda gpt: as_attribute(
+        gpt.transformer.h[1].attn.c_proj, "weight", torch.eye(64)
+    ),
+    "no block": lambda gpt: setattr(gpt.transformer, "h", nn.ModuleList()),
+    "a divisor of its own": lambda gpt: gpt.register_forward_pre_hook(divided, with_kwargs=True),
     "a large vocabulary": lambda gpt: setattr(gpt.transformer, "wte", nn.Embedding(300, 64)),
 }
 
@@ -321,10 +335,22 @@ def test_a_network_in_c_refuses_what_modules_refuse(blocks):
         own = idx[:, 1:].contiguous()
         loss = gpt(own, own, return_logits=False)[1]
     none.backward()
-    assert all(p.grad.isnan().any() for p in gpt.parameters())
+    assert all((p.grad == 0).all() for p in gpt.parameters())
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(loss, gpt.lm_head.weight, create_graph=True)
     own += 0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_network_in_c_trains_after_inference_mode(blocks):
+    """Which leaves its table of rotations marked."""
+    blocks(True)
+    gpt, idx = shaken(GPTConfig(32, 65, 2, 4, 64, bias=False, arch="qwen3")), torch.randint(65, (9, 33))
+    kernels.install(gpt)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        gpt.eval()(idx[:, 1:], idx[:, 1:], return_logits=False)
+    assert loss_and_gradients(gpt.train(), idx, autocast=True)[0].isfinite()
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
