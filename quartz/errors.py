@@ -34,7 +34,6 @@ def user_errors():
     """Ends the program with one line a problem on stderr and exit status 2 on a UserError, or where the machine has no
     room: on the disk, or in memory. A bug raises."""
     gc.set_threshold(gc.get_threshold()[0], 10)  # Python's own, which configurator.configure had raised
-    gc.freeze()  # what is loaded is no garbage, and need not be looked through again
     try:
         yield
         sys.stdout.flush()
