@@ -411,9 +411,11 @@ static void sum_rows(int64_t count, int64_t stride, int64_t width, const float *
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
+INLINE float *own_of(const struct work *w) { return w->own + omp_get_thread_num() * w->each; }
+
 #define OF_CHUNK                                                                                                       \
     const int64_t width = s->width, first = chunk * CHUNK, count = least(CHUNK, tokens(s) - first);                    \
-    float *sums = w->own + omp_get_thread_num() * w->each;
+    float *sums = own_of(w);
 
 /* Behind `sums`, as many halves twice. */
 INLINE uint16_t *halves(const struct block *s, float *sums, int64_t nth) {
@@ -560,7 +562,7 @@ static void sequence_backward(const struct block *s, const struct kept *k, const
 static void weight_rows(const struct block *s, const struct work *w, int64_t linear, int64_t row, int64_t begin,
                         int64_t end, float *c) {
     multiply_tokens(row, least(row + PANEL, outputs(s, linear)), inputs(s, linear), tokens(s), outputs(s, linear),
-                    w->gave[linear], w->read[linear], begin, end, c, (pair *)(w->own + omp_get_thread_num() * w->each));
+                    w->gave[linear], w->read[linear], begin, end, c, (pair *)own_of(w));
 }
 
 static void add_to(int64_t n, const float *others, float *to) {
@@ -588,8 +590,7 @@ static void sum_chunks(const struct block *s, const struct work *w, const struct
 static void weight_part(const struct block *s, const struct work *w, const struct gradients *to, int64_t part,
                         const struct parts *parts) {
     const int64_t i = linear_of(parts, part), row = (part - parts->begin[i]) * PANEL, columns = inputs(s, i);
-    float *c = to->weights[i] + row * columns;
-    float *other = w->own + omp_get_thread_num() * w->each + PANEL * STRIP_PAIRS;
+    float *c = to->weights[i] + row * columns, *other = own_of(w) + PANEL * STRIP_PAIRS;
     weight_rows(s, w, i, row, 0, (half(s) + 1) / 2, c);
     if (half(s) < tokens(s)) {
         weight_rows(s, w, i, row, half(s) / 2, tokens(s) / 2, other);
@@ -631,12 +632,14 @@ static void half_backward(const struct block *s, int64_t count, const struct kep
     }
 }
 
-/* To the gradients over the first half of the tokens, those over the second. */
+/* To the gradients over the first half of the tokens, those over the second; and what is a sum over chunks. */
 static void add_halves(const struct block *s, int64_t count, const struct work *w, const struct gradients *to) {
     EACH_PART for (int64_t part = 0; part < count * LINEARS; part++) {
         const int64_t nth = part / LINEARS, i = part % LINEARS;
         add_to(inputs(s, i) * outputs(s, i), w[nth].others[i], to[nth].weights[i]);
     }
+    for (int64_t nth = 0; nth < count; nth++)
+        sum_chunks(s + nth, w + nth, to + nth);
 }
 
 /* With x, what blocks_forward kept, and the gradient of y: that of x, and of each block's weights. */
@@ -652,8 +655,6 @@ void blocks_backward(const struct block *s, int64_t count, const float *x, float
         EACH_SEQUENCE for (int64_t is_second = 0; is_second < 2; is_second++)
             half_backward(s, count, k, w, x, grad, grad_x, to, is_second);
         add_halves(s, count, w, to);
-        for (int64_t nth = 0; nth < count; nth++)
-            sum_chunks(s + nth, w + nth, to + nth);
     } else
         for (int64_t nth = count - 1; nth >= 0; nth--, grad = grad_x)
             block_backward(s + nth, k + nth, w, FROM(nth), grad, grad_x, to + nth);

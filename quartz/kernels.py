@@ -15,7 +15,7 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -436,7 +436,7 @@ class NetworkInC(torch.autograd.Function):
     """The loss of a whole network, ids (B, T) given; see GPT.forward."""
 
     @staticmethod
-    def forward(ctx, divisor, keeps: bool, network: NetworkStruct, template: BlockStruct, structs, ids: list, *tensors):
+    def forward(ctx, divisor, keeps: bool, network: NetworkStruct, structs, ids: list, *tensors):
         """ids: idx, targets and factors, or None; tensors: ENDS of them, and POINTERS for each of the structs."""
         tensors, library = [t if t is None else t.contiguous() for t in tensors], in_c()
         NetworkInC.point_to(network, structs, ids, tensors)
@@ -464,7 +464,7 @@ class NetworkInC(torch.autograd.Function):
         scale, of_ends = ctypes.c_float(grad.item() / ctx.divisor), (ctypes.c_void_p * ENDS)(*pointers(ends))
         places = ctypes.byref(ctx.network), ctx.structs, *at(kept), scale, of_ends, to, *at(work)
         in_c().network_backward(*places)
-        return *(None,) * 6, *ends, *grads
+        return *(None,) * 5, *ends, *grads
 
     @staticmethod
     def point_to(network: NetworkStruct, structs, ids: list, tensors: list[torch.Tensor | None]) -> None:
@@ -547,7 +547,7 @@ class FastBlock(Block):
         tensors = self.for_c(x, rope) if cache is None and may_be_c(self) else None
         if tensors is None:
             return super().forward(x, rope, cache)
-        return through_blocks([self], [self.template(x, tensors)], x, tensors)
+        return through_blocks([self], self.template(x, tensors), x, tensors)
 
     def template(self, x: torch.Tensor, tensors: list[torch.Tensor | None]) -> BlockStruct:
         """Of a block that for_c finds fit: the same object for all that are alike."""
@@ -575,7 +575,7 @@ class FastBlock(Block):
             return None
         linears, drops = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj), (attn.resid_dropout, mlp.dropout)
         head_norms = [norm for norm in (attn.q_norm, attn.k_norm) if norm is not None]
-        parts, kind = [*linears, *drops, *norms, *head_norms], type(norms[0])
+        parts, kind = [*linears, *drops, *norms, *head_norms], type(self.ln_1)
         kinds = [nn.Linear] * 4 + [FastDropout] * 2 + [kind] * 2 + [FastRMSNorm] * len(head_norms)
         if [type(part) for part in parts] != kinds or kind not in (LayerNorm, FastRMSNorm):
             return None
@@ -585,7 +585,7 @@ class FastBlock(Block):
         epses = [*(norm.eps for norm in norms if kind is FastRMSNorm)], [norm.eps for norm in head_norms]
         if drops[0].p != drops[1].p or any(len(set(eps)) > 1 for eps in epses):
             return None
-        T, C, D, read, hidden = *x.shape[1:], attn.head_dim, attn.n_head * attn.head_dim, linears[3].in_features
+        T, C, D, read, hidden = *x.shape[1:], attn.head_dim, attn.n_head * attn.head_dim, mlp.c_proj.in_features
         outputs = ((attn.n_head + 2 * attn.n_kv) * D, C, hidden * (1 + mlp.is_gated), C)
         if not x.numel() or any(n % 16 for n in (C, D, hidden)) or D > 1024:
             return None
@@ -602,17 +602,17 @@ class FastBlock(Block):
         return tensors if (x.__class__, x.dtype, x.is_cpu) in PLAIN else None
 
 
-def drawn(blocks: Iterable[FastBlock], templates: list[BlockStruct]) -> ctypes.Array:
+def drawn(blocks: Sequence[FastBlock], template: BlockStruct) -> ctypes.Array:
     """Copies of what blocks are like, with seeds."""
-    structs = (BlockStruct * len(templates))(*templates)
+    structs = (BlockStruct * len(blocks))(*[template] * len(blocks))
     for block, struct in zip(blocks, structs, strict=True):
         block.draw(struct)
     return structs
 
 
-def through_blocks(blocks: Iterable[FastBlock], templates: list[BlockStruct], x: torch.Tensor, tensors: Iterable):
+def through_blocks(blocks: Sequence[FastBlock], template: BlockStruct, x: torch.Tensor, tensors: Iterable):
     """What blocks that are alike make of x, in C."""
-    return BlocksInC.apply(x, templates[0], drawn(blocks, templates), torch.is_grad_enabled(), *tensors)
+    return BlocksInC.apply(x, template, drawn(blocks, template), torch.is_grad_enabled(), *tensors)
 
 
 class FastGPT(GPT):
@@ -629,8 +629,8 @@ class FastGPT(GPT):
         divisor = divisor.item() if is_tensor else divisor
         return None, NetworkInC.apply(divisor, torch.is_grad_enabled(), *network, *tensors)
 
-    def blocks_for_c(self, x: torch.Tensor, rope) -> tuple[list[BlockStruct], list] | None:
-        """Their templates, and what for_c gives of each; None if they are not alike, or one is not fit."""
+    def blocks_for_c(self, x: torch.Tensor, rope) -> tuple[BlockStruct, list] | None:
+        """Their template, and what for_c gives of each; None if they are not alike, or one is not fit."""
         blocks = self.transformer.h
         for block in blocks:
             if type(block) is not FastBlock or not is_bare(block) or block.training != self.training:
@@ -639,8 +639,8 @@ class FastGPT(GPT):
         if not all(tensors):
             return None
         templates = [block.template(x, its) for block, its in zip(blocks, tensors, strict=True)]
-        alike = all(its is templates[0] for its in templates)
-        return (templates, [*itertools.chain(*tensors)]) if alike and templates else None
+        alike = bool(templates) and all(its is templates[0] for its in templates)
+        return (templates[0], [*itertools.chain(*tensors)]) if alike else None
 
     def is_small(self, tokens: int) -> bool:
         c = self.config
@@ -654,7 +654,8 @@ class FastGPT(GPT):
         is_wanted = x.requires_grad or not torch.is_grad_enabled()
         found = self.blocks_for_c(x, rope) if is_wanted else None
         if found:
-            x = through_blocks(self.transformer.h, found[0], x, found[1])
+            template, tensors = found
+            x = through_blocks(self.transformer.h, template, x, tensors)
         else:
             for block in self.transformer.h:
                 x = block(x, rope)
@@ -672,9 +673,8 @@ class FastGPT(GPT):
         kinds = [type(part) for part in (first, head, drop, *tables)]
         if kinds != [FastBlock, nn.Linear, FastDropout, *[nn.Embedding] * len(tables)] or head.bias is not None:
             return None
-        if {(t.padding_idx, t.max_norm, t.scale_grad_by_freq, t.sparse) for t in tables} != {
-            (None, None, False, False)
-        }:
+        usual = (None, None, False, False)
+        if any((t.padding_idx, t.max_norm, t.scale_grad_by_freq, t.sparse) != usual for t in tables):
             return None
         if not all(is_bare(part) and part.training == self.training for part in (self, head, drop, ln_f, *tables)):
             return None
@@ -698,12 +698,13 @@ class FastGPT(GPT):
         found = self.blocks_for_c(floats(B, T, C), rope)  # what embeddings will be like
         if not found or drop.p != first.mlp.dropout.p or first.mlp.c_fc.weight.size(0) < V + 32:
             return None
-        trained = [*ends, *(t for n, t in enumerate(found[1]) if n % POINTERS < GRADIENTS)]
+        template, tensors = found
+        trained = [*ends, *(t for n, t in enumerate(tensors) if n % POINTERS < GRADIENTS)]
         if torch.is_grad_enabled() and not all(t is None or t.requires_grad for t in trained):
             return None
-        network = NetworkStruct(len(found[0]), V, new_seed() if self.training and drop.p else 0)
+        network = NetworkStruct(len(blocks), V, new_seed() if self.training and drop.p else 0)
         ids = [*(ids.contiguous() for ids in given), *[None] * (3 - len(given))]
-        return network, found[0][0], drawn(blocks, found[0]), ids, [*ends, *found[1]]
+        return network, drawn(blocks, template), ids, [*ends, *tensors]
 
 
 FASTER = {

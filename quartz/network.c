@@ -206,8 +206,7 @@ static void half_of_ends(const struct network *net, const struct block *s, const
     const uint32_t seed = seed_from(net->seed, 0);
     for (int64_t row = 0; row < columns; row += PANEL)
         multiply_tokens(row, least(row + PANEL, columns), width, tokens(s), columns, e->slopes, h->read, (first + 1) / 2,
-                        (last + 1) / 2, h->head[is_second] + row * width,
-                        (pair *)(w->own + omp_get_thread_num() * w->each));
+                        (last + 1) / 2, h->head[is_second] + row * width, (pair *)own_of(w));
     for (int64_t token = first; token < last; token++) {
         float *embedding = h->embeddings[is_second] + net->idx[token] * width;
         float *position = h->positions[is_second] + token % s->heads.length * width;
@@ -222,7 +221,7 @@ static void half_of_ends(const struct network *net, const struct block *s, const
 
 /* With what network_forward kept, the gradients of all weights, of `scale` times the sum of the losses. */
 void network_backward(const struct network *net, const struct block *s, float *kept_memory, float scale,
-                      const struct network_gradients *ends, const struct gradients *to, float *work_memory) {
+                      const struct network_gradients *grads, const struct gradients *to, float *work_memory) {
     const int64_t at_once = by_halves(s), count = net->count, n = tokens(s), width = s->width;
     struct kept k[count];
     struct work w[count];
@@ -249,19 +248,17 @@ void network_backward(const struct network *net, const struct block *s, float *k
         EACH_SEQUENCE for (int64_t is_second = 0; is_second < 2; is_second++)
             half_of_ends(net, s, &e, w, &h, is_second);
     }
-    for (int64_t nth = 0; at_once && nth < count; nth++)
-        sum_chunks(s + nth, w + nth, to + nth);
     EACH_VECTOR(i, net->vocab * width) {
         vec head = (load(FLOAT32, h.head[0], i) + load(FLOAT32, h.head[1], i)) * scale;
         vec embeddings = load(FLOAT32, h.embeddings[0], i) + load(FLOAT32, h.embeddings[1], i);
-        put(ends->embeddings + i, ends->head ? embeddings : embeddings + head, WIDTH);
-        if (ends->head)
-            put(ends->head + i, head, WIDTH);
+        put(grads->embeddings + i, grads->head ? embeddings : embeddings + head, WIDTH);
+        if (grads->head)
+            put(grads->head + i, head, WIDTH);
     }
     if (net->positions)
         EACH_VECTOR(i, s->heads.length * width)
-            put(ends->positions + i, load(FLOAT32, h.positions[0], i) + load(FLOAT32, h.positions[1], i), WIDTH);
-    sum_rows(chunks(s), 2 * width, width, h.norm_sums, ends->norm);
-    if (ends->norm_bias)
-        sum_rows(chunks(s), 2 * width, width, h.norm_sums + width, ends->norm_bias);
+            put(grads->positions + i, load(FLOAT32, h.positions[0], i) + load(FLOAT32, h.positions[1], i), WIDTH);
+    sum_rows(chunks(s), 2 * width, width, h.norm_sums, grads->norm);
+    if (grads->norm_bias)
+        sum_rows(chunks(s), 2 * width, width, h.norm_sums + width, grads->norm_bias);
 }
