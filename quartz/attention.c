@@ -36,13 +36,13 @@ INLINE void product(int64_t rows, int64_t columns, int64_t n, const pair *a, int
     int64_t j = 0;
     for (; j + 4 * WIDTH <= columns; j += 4 * WIDTH)
         for (int64_t r = 0; r < rows; r += 4)
-            tile(4, 4, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(BFLOAT16, 4, 4, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
     for (; j + 2 * WIDTH <= columns; j += 2 * WIDTH)
         for (int64_t r = 0; r < rows; r += 8)
-            tile(8, 2, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(BFLOAT16, 8, 2, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
     for (; j < columns; j += WIDTH)
         for (int64_t r = 0; r < rows; r += 8)
-            tile(8, 1, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
+            tile(BFLOAT16, 8, 1, n, a + r * a_row, a_row, a_next, b + j, b_stride, c + r * c_stride + j, c_stride, adds);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */

@@ -220,7 +220,8 @@ static void multiply_tokens(int64_t first, int64_t last, int64_t columns, int64_
         for (int64_t j = 0, wide; j < columns; j += PANEL) {
             const pair *panel = read + panel_at(j, columns, n, &wide) + k * wide;
             for (int64_t r = 0; r < last - first; r += STRIP)
-                tiles(STRIP, wide, depth, strips + r * STRIP_PAIRS, 1, STRIP, panel, c + r * columns + j, columns, k > begin);
+                tiles(BFLOAT16, STRIP, wide, depth, strips + r * STRIP_PAIRS, 1, STRIP, panel, wide, c + r * columns + j,
+                      columns, k > begin);
         }
     }
 }

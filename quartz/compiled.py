@@ -22,7 +22,8 @@ MAX_EXACT_ROWS = 8  # more rows in bfloat16, in a step that is not compiled, are
 COMPILE_SECONDS = 2.0  # what the compilation takes
 SLOW_MEMORY = 20e9  # bytes/s that an uncompiled step reads, and
 SLOW_LAYER = 150e-6  # seconds that it takes for a layer beside, for the estimate of what compiling saves
-SHORT, SHORT_IN_HALVES = 32, 512  # tokens of a prompt that a step reads as fast as a library's products do
+SHORT = 32  # tokens of a prompt that are read as those of so many texts, beside others
+QUERIES = 32  # of a longer one that attend together, at the most
 
 
 class Slots:
@@ -210,7 +211,7 @@ class Call(Structure):
     _fields_ = [
         ("n", c_int64),
         *_fields(c_void_p, "rows positions cos sin x h qkv y f scores"),
-        ("m", c_int64),
+        *_fields(c_int64, "is_prompt m"),
         ("logits", c_void_p),
     ]
 
@@ -220,9 +221,8 @@ class CompiledStep:
 
     def __init__(self, engine: Engine, library: ctypes.CDLL):
         self.engine, self.model, self.compute = engine, engine.model, library.step
-        self.rounds = self.model.lm_head.weight.dtype != torch.float32  # the engine does its logits, and the step not
-        in_halves = engine.kept == torch.bfloat16 and library.multiplies_halves() and not machine.cpu_has_amx()
-        self.few = SHORT_IN_HALVES if in_halves else SHORT
+        in_halves = self.model.lm_head.weight.dtype == torch.bfloat16
+        self.has_tiles = in_halves and machine.cpu_has_amx()  # of which a library makes more: the engine reads prompts
         self.take_weights()
 
     def new_cache(self, rows: int, length: int) -> RowCache:
@@ -263,7 +263,9 @@ class CompiledStep:
 
     def matrix(self, its: nn.Linear) -> Matrix:
         weight, scale = self.engine.packed(its.weight)
-        places = map(self.place, (weight, scale, its.bias if its.bias is None else its.bias.float()))
+        places = [*map(self.place, (weight, scale, its.bias if its.bias is None else its.bias.float()))]
+        if self.engine.source is None and not self.has_tiles and its.weight is not self.model.transformer.wte.weight:
+            its.weight.data = its.weight.new_empty(0)  # the engine would read prompts with it
         return Matrix(*places, its.out_features, its.in_features, native.KINDS[weight.dtype])
 
     def ready(self, cache: RowCache, n: int) -> None:
@@ -273,7 +275,7 @@ class CompiledStep:
             self.cache, net.threads, net.capacity = cache, torch.get_num_threads(), cache.keys.size(4)
             for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
                 layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-            self.scores = torch.empty(net.threads, c.n_head // c.n_kv_head, net.capacity)
+            self.scores = torch.empty(net.threads, max(QUERIES, c.n_head // c.n_kv_head), net.capacity)
         if n > self.room:
             heads, others = c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim
             hidden = self.model.transformer.h[0].mlp.c_fc.out_features + c.n_hidden
@@ -281,14 +283,25 @@ class CompiledStep:
             self.between = [torch.empty(n, width) for width in (c.n_embd, heads + others, heads, hidden)]
 
     @torch.no_grad()
-    def run(self, cache: RowCache, tokens: Sequence[int], rows: list[int], places: list[int], wanted: int):
-        """Puts tokens into places of rows; returns the logits that follow the last `wanted` of them."""
+    def run(
+        self,
+        cache: RowCache,
+        tokens: Sequence[int],
+        rows: list[int],
+        places: list[int],
+        wanted: int,
+        is_prompt: bool = False,
+    ) -> torch.Tensor:
+        """Puts tokens into places of rows; returns the logits that follow the last `wanted` of them, (wanted, V).
+
+        is_prompt: they are a text's, one behind the other, and are multiplied in a way that is faster for many.
+        """
         self.ready(cache, len(rows))
         idx, at, position = (torch.as_tensor(its) for its in (tokens, rows, places))
         x, rope = self.model.embed(idx[:, None], position[:, None])
         x, logits = x.float().contiguous(), torch.empty(wanted, self.model.config.vocab_size)
         given = native.at(at, position, *(rope or (None, None)), x, *self.between, self.scores)
-        self.compute(byref(self.network), byref(Call(len(rows), *given, wanted, *native.at(logits))))
+        self.compute(byref(self.network), byref(Call(len(rows), *given, is_prompt, wanted, *native.at(logits))))
         return logits
 
     def step(self, tokens: torch.Tensor, cache: RowCache, rows: list[int]) -> torch.Tensor:
@@ -306,31 +319,29 @@ class CompiledStep:
         """As Engine.prefill_all. Short parts are read together, as a step of so many rows."""
         found, together = [], []
         for tokens, row, start, see in parts:
-            is_long = len(tokens) > self.few
+            is_long = len(tokens) > SHORT
             if is_long or sum(len(its) for its, *_ in together) + len(tokens) > LOGITS_ROWS:
                 found += self.read(together, cache)
                 together = []
-            if is_long and not self.rounds:
-                found.append(self.engine.prefill(tokens, cache, row, start, see))
-                continue
-            if is_long:
+            if is_long and self.has_tiles:
                 self.engine.prefill(tokens[:-1], cache, row, start, see)
-                tokens, start = tokens[-1:], start + len(tokens) - 1
+                found += self.read([(tokens[-1:], row, start + len(tokens) - 1, see)], cache)
+                continue
             while see and len(tokens) > LOGITS_ROWS:
-                self.read([(tokens[:LOGITS_ROWS], row, start, see)], cache)
+                self.read([(tokens[:LOGITS_ROWS], row, start, see)], cache, is_prompt=True)
                 tokens, start = tokens[LOGITS_ROWS:], start + LOGITS_ROWS
-            together.append((tokens, row, start, see))
+            if is_long:
+                found += self.read([(tokens, row, start, see)], cache, is_prompt=True)
+            else:
+                together.append((tokens, row, start, see))
         return found + self.read(together, cache)
 
     def refill(self, texts: list[list[int]], cache: RowCache, rows: list[int]) -> torch.Tensor:
         """As Engine.refill."""
-        if not self.rounds or len(texts[0]) == 1:
-            return self.engine.refill(texts, cache, rows)
-        self.engine.refill([text[:-1] for text in texts], cache, rows)
-        return self.step(torch.tensor([text[-1] for text in texts]), cache, rows)
+        return torch.stack([self.prefill(text, cache, row) for text, row in zip(texts, rows, strict=True)])
 
-    def read(self, parts: list[Part], cache: RowCache) -> list[torch.Tensor]:
-        """Few tokens in all. Those whose logits are wanted come last."""
+    def read(self, parts: list[Part], cache: RowCache, is_prompt: bool = False) -> list[torch.Tensor]:
+        """Few tokens in all, or a prompt. Those whose logits are wanted come last."""
         if not parts:
             return []
         unwanted, wanted, counts = [], [], []
@@ -342,7 +353,7 @@ class CompiledStep:
             wanted += its[first:]
             counts.append(len(its) - first)
         tokens, rows, places = map(list, zip(*unwanted, *wanted, strict=True))
-        found = self.run(cache, tokens, rows, places, len(wanted)).split(counts)
+        found = self.run(cache, tokens, rows, places, len(wanted), is_prompt).split(counts)
         for (*_, see), logits in zip(parts, found, strict=True):
             if see:
                 see(logits)

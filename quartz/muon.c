@@ -12,7 +12,7 @@ static void multiply_symmetric(int64_t n, int64_t pairs, const uint16_t *a, cons
     for (int64_t j = 0, wide; j < n; j += PANEL) {
         const pair *panel = b + panel_at(j, n, pairs, &wide);
         for (int64_t r = j; r < n; r += 4)
-            tiles(4, wide, pairs, left + r * pairs, pairs, 1, panel, g + r * n + j, n, 0);
+            tiles(BFLOAT16, 4, wide, pairs, left + r * pairs, pairs, 1, panel, wide, g + r * n + j, n, 0);
         const int64_t below = j + wide;
         transpose(n - below, wide, (const pair *)g + below * n + j, n, (pair *)g + j * n + below, n);
     }

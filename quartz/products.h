@@ -1,7 +1,7 @@
-/* Products of bfloat16 with sums in float32, for attention.c, block.c and muon.c.
+/* Products with sums in float32, for attention.c, block.c, muon.c and step.c.
 
-Their right side lies in pairs: two numbers that follow each other in a sum are side by side, in 32 bits. Of n pairs a sum
-is made. A matrix lies in panels of up to PANEL columns, each (n, columns) pairs.
+Their right side lies in words of 32 bits: a number of float32, or a pair of bfloat16 that follow each other in a sum. Of n
+words a sum is made. A matrix lies in panels of up to PANEL columns, each (n, columns) words.
 */
 
 #pragma once
@@ -9,13 +9,13 @@ is made. A matrix lies in panels of up to PANEL columns, each (n, columns) pairs
 
 enum { PANEL = 4 * WIDTH };
 
-typedef uint32_t pair __attribute__((may_alias));
+typedef uint32_t pair __attribute__((may_alias)); /* or one number of float32 */
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* c (rows, WIDTH * wide) = or += a b, for n pairs: a's steps from a row and a pair to the next, b's from a pair. */
-INLINE void tile(const int rows, const int wide, int64_t n, const pair *a, int64_t a_row, int64_t a_next,
-                 const pair *b, int64_t b_stride, float *c, int64_t c_stride, const int adds) {
+/* c (rows, WIDTH * wide) = or += a b, for n words: a's steps from a row and a word to the next, b's from a word. */
+INLINE void tile(const int64_t kind, const int rows, const int wide, int64_t n, const pair *a, int64_t a_row,
+                 int64_t a_next, const pair *b, int64_t b_stride, float *c, int64_t c_stride, const int adds) {
     vec sum[8][4];
     UNROLLED for (int r = 0; r < rows; r++)
         UNROLLED for (int w = 0; w < wide; w++)
@@ -30,7 +30,8 @@ INLINE void tile(const int rows, const int wide, int64_t n, const pair *a, int64
         UNROLLED for (int r = 0; r < rows; r++) {
             ints factor = (ints){} + (int32_t)a[r * a_row + i * a_next];
             UNROLLED for (int w = 0; w < wide; w++)
-                sum[r][w] = add_pairs(sum[r][w], factor, its[w]);
+                sum[r][w] = kind == BFLOAT16 ? add_pairs(sum[r][w], factor, its[w])
+                                             : sum[r][w] + (vec)factor * (vec)its[w];
         }
     }
     UNROLLED for (int r = 0; r < rows; r++)
@@ -53,31 +54,31 @@ INLINE int64_t panel_at(int64_t column, int64_t columns, int64_t n, int64_t *wid
     return column * n;
 }
 
-INLINE void tiles(const int rows, int64_t wide, int64_t n, const pair *a, int64_t a_row, int64_t a_next, const pair *b,
-                  float *c, int64_t c_stride, const int adds) {
+INLINE void tiles(const int64_t kind, const int rows, int64_t wide, int64_t n, const pair *a, int64_t a_row, int64_t a_next,
+                  const pair *b, int64_t b_stride, float *c, int64_t c_stride, const int adds) {
     switch (wide / WIDTH) {
-    case 4: tile(rows, 4, n, a, a_row, a_next, b, 4 * WIDTH, c, c_stride, adds); break;
-    case 3: tile(rows, 3, n, a, a_row, a_next, b, 3 * WIDTH, c, c_stride, adds); break;
-    case 2: tile(rows, 2, n, a, a_row, a_next, b, 2 * WIDTH, c, c_stride, adds); break;
-    case 1: tile(rows, 1, n, a, a_row, a_next, b, WIDTH, c, c_stride, adds); break;
+    case 4: tile(kind, rows, 4, n, a, a_row, a_next, b, b_stride, c, c_stride, adds); break;
+    case 3: tile(kind, rows, 3, n, a, a_row, a_next, b, b_stride, c, c_stride, adds); break;
+    case 2: tile(kind, rows, 2, n, a, a_row, a_next, b, b_stride, c, c_stride, adds); break;
+    case 1: tile(kind, rows, 1, n, a, a_row, a_next, b, b_stride, c, c_stride, adds); break;
     }
 }
 
 /* c (rows, columns) = a (rows, 2 n) b, which lies in panels */
-static void multiply(int64_t rows, int64_t columns, int64_t n, const uint16_t *a, const pair *b, float *c) {
+static inline void multiply(int64_t rows, int64_t columns, int64_t n, const uint16_t *a, const pair *b, float *c) {
     const pair *left = (const pair *)a;
     for (int64_t j = 0, wide; j < columns; j += PANEL) {
         const pair *panel = b + panel_at(j, columns, n, &wide);
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4)
-            tiles(4, wide, n, left + r * n, n, 1, panel, c + r * columns + j, columns, 0);
+            tiles(BFLOAT16, 4, wide, n, left + r * n, n, 1, panel, wide, c + r * columns + j, columns, 0);
         for (; r < rows; r++)
-            tiles(1, wide, n, left + r * n, n, 1, panel, c + r * columns + j, columns, 0);
+            tiles(BFLOAT16, 1, wide, n, left + r * n, n, 1, panel, wide, c + r * columns + j, columns, 0);
     }
 }
 
 /* Rows (count, columns), which are tokens from the even number `first` on, into panels of n pairs. */
-static void into_panels(const uint16_t *rows, int64_t count, int64_t columns, int64_t first, int64_t n, pair *to) {
+static inline void into_panels(const uint16_t *rows, int64_t count, int64_t columns, int64_t first, int64_t n, pair *to) {
     for (int64_t j = 0, wide; j < columns; j += PANEL) {
         pair *panel = to + panel_at(j, columns, n, &wide) + first / 2 * wide;
         for (int64_t t = 0; t < count; t += 2, panel += wide)

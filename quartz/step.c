@@ -8,7 +8,7 @@ Every number of a row is summed in one order, whatever rows stand beside it and 
 share out whole sums, never parts of one. So a text has the same bits alone and among others.
 */
 
-#include "vectors.h"
+#include "products.h"
 
 /* A tile is as many sums as the registers can hold. */
 #if WIDTH == 8
@@ -64,7 +64,8 @@ struct call {
     float *x;               /* (n, width): the embeddings; then what the last block puts out */
     float *h, *qkv, *y;     /* (n, width), (n, (n_head + 2 n_kv) head_dim), (n, n_head head_dim) */
     float *f;               /* (n, 2 hidden), or (n, 3 hidden) with SwiGLU */
-    float *scores;          /* (threads, n_head / n_kv, capacity) */
+    float *scores;          /* (threads, n_head / n_kv, capacity), of a prompt (threads, QUERIES, capacity) */
+    int64_t is_prompt;      /* whether they are many, and follow each other in one text */
     int64_t m;              /* how many of the tokens have their logits computed, the last of them */
     float *logits;          /* (m, outputs of the head) */
 };
@@ -77,7 +78,7 @@ INLINE vec pairs(const void *from, int64_t i) { return (vec) * (const ints_at *)
 
 /* Sums of some rows of x, each times OUTPUTS rows of the weight: the registers hold all of them. With `asks`, what
    follows in the weight is asked for meanwhile. */
-INLINE void tile(const int64_t kind, const int rows, const int asks, const void *const weight[OUTPUTS], int64_t inputs,
+INLINE void dots(const int64_t kind, const int rows, const int asks, const void *const weight[OUTPUTS], int64_t inputs,
                  const float *x, int64_t stride, quad sums[ROWS]) {
     const int64_t x_kind = kind_of_x(kind), at_once = x_kind == BFLOAT16 ? 2 * WIDTH : WIDTH;
     vec sum[ROWS][OUTPUTS];
@@ -112,7 +113,7 @@ typedef void tile_of(const void *const *weight, int64_t inputs, const float *x, 
 #define TILE(kind, rows, asks)                                                                                         \
     static void tile_##kind##_##rows##_##asks(const void *const *weight, int64_t inputs, const float *x,               \
                                               int64_t stride, quad *sums) {                                            \
-        tile(kind, rows, asks, weight, inputs, x, stride, sums);                                                       \
+        dots(kind, rows, asks, weight, inputs, x, stride, sums);                                                       \
     }
 #define TILES_OF(kind)                                                                                                 \
     TILE(kind, 1, 0)                                                                                                   \
@@ -178,10 +179,82 @@ static void product(const struct matrix *m, int64_t first, int64_t last, int64_t
     }
 }
 
+/* A prompt's tokens are so many that it pays to turn the weight, COLUMNS outputs and DEPTH words of 32 bits at a time: then
+   the sums of a vector are of different outputs, and never have to be added up across. */
+enum { COLUMNS = (WIDTH == 8 ? 2 : 4) * WIDTH, DEPTH = 384, TOKENS = WIDTH == 8 ? 6 : 4 };
+
+/* panel (depth, count): of `count` outputs from `first` on the words from k on, as x has them. The next are asked for. */
+static void turn(const struct matrix *m, int64_t first, int64_t count, int64_t words, int64_t k, int64_t depth,
+                 pair *panel) {
+    const int64_t is_as_x = m->kind == kind_of_x(m->kind), size = SIZES[is_as_x ? FLOAT32 : m->kind];
+    for (int64_t o = 0; o < count; o += WIDTH)
+        for (int64_t i = 0, more; i < depth; i += more) {
+            const int64_t at = (first + o) * words + k + i;
+            const char *next = (const char *)m->weight + (at + WIDTH * words) * size;
+            pair *to = panel + i * count + o;
+            vec its[WIDTH];
+            more = least(WIDTH, depth - i);
+            for (int64_t r = 0; r < WIDTH; r++)
+                __builtin_prefetch(next + r * words * size, 0, 2);
+            if (is_as_x) {
+                transpose(WIDTH, more, (const pair *)m->weight + at, words, to, count);
+                continue;
+            }
+            for (int64_t r = 0; r < WIDTH; r++)
+                its[r] = take(m->kind, m->weight, at + r * words, more) * (m->scale ? m->scale[first + o + r] : 1);
+            transpose(WIDTH, more, (const pair *)its, WIDTH, to, count);
+        }
+}
+
+/* Rows of y before a sum is added: what is there, or nothing, and the bias. */
+static void begin_sums(const struct matrix *m, int64_t first, int64_t count, int64_t rows, float *y, int64_t y_stride,
+                       int adds) {
+    for (int64_t r = 0; r < rows; r++, y += y_stride)
+        for (int64_t o = first; o < first + count; o += WIDTH) {
+            const vec old = adds ? load(FLOAT32, y, o) : (vec){};
+            put(y + o, m->bias ? old + load(FLOAT32, m->bias, o) : old, WIDTH);
+        }
+}
+
+/* As `product`, for outputs that fill vectors. `kind`: x's. */
+INLINE void product_of_prompt(const int64_t kind, const struct matrix *m, int64_t first, int64_t last, int64_t n,
+                              const float *x, int64_t stride, float *y, int64_t y_stride, int adds) {
+    const int64_t words = kind == BFLOAT16 ? m->inputs / 2 : m->inputs;
+    pair panel[DEPTH * COLUMNS] __attribute__((aligned(64)));
+    for (int64_t o = first, count; o < last; o += count) {
+        count = least(COLUMNS, last - o);
+        for (int64_t k = 0; k < words; k += DEPTH) {
+            const int64_t depth = least(DEPTH, words - k);
+            turn(m, o, count, words, k, depth, panel);
+            for (int64_t row = 0, rows; row < n; row += rows) {
+                const pair *its = (const pair *)x + row * stride + k;
+                float *to = y + row * y_stride;
+                rows = row + TOKENS <= n ? TOKENS : 1;
+                if (!k)
+                    begin_sums(m, o, count, rows, to, y_stride, adds);
+                if (rows == TOKENS)
+                    tiles(kind, TOKENS, count, depth, its, stride, 1, panel, count, to + o, y_stride, 1);
+                else
+                    tiles(kind, 1, count, depth, its, stride, 1, panel, count, to + o, y_stride, 1);
+            }
+        }
+    }
+}
+
+static void part_of_product(int64_t of_prompt, const struct matrix *m, int64_t first, int64_t last, int64_t n,
+                            const float *x, int64_t stride, float *y, int64_t y_stride, int adds) {
+    if (!of_prompt || (last - first) % WIDTH || m->inputs % 2)
+        product(m, first, last, n, x, stride, y, y_stride, adds);
+    else if (kind_of_x(m->kind) == BFLOAT16)
+        product_of_prompt(BFLOAT16, m, first, last, n, x, stride, y, y_stride, adds);
+    else
+        product_of_prompt(FLOAT32, m, first, last, n, x, stride, y, y_stride, adds);
+}
+
 /* Outputs are shared out in pieces, so that a thread that was held up has others do more of them. */
-INLINE int64_t piece_of(int64_t outputs, int64_t threads) {
+INLINE int64_t piece_of(int64_t of_prompt, int64_t outputs, int64_t threads) {
     int64_t piece = (outputs / (threads * 8) + 15) / 16 * 16;
-    return piece ? piece : 16;
+    return of_prompt ? COLUMNS : piece ? piece : 16;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -281,6 +354,68 @@ static void attend(const struct network *net, const struct layer *layer, const s
     }
 }
 
+/* The same of `count` tokens of a prompt, from token t on, one in each lane; head_dim a multiple of WIDTH. */
+enum { QUERIES = 2 * WIDTH };
+
+/* scores (keys, QUERIES): for each key up to `end` its share in what each query reads, which sees `before` keys and those
+   up to its own; but for the factor that is told. */
+static void share_out(int64_t before, int64_t end, float *scores, float *factors) {
+    for (int64_t lane = 0; lane < QUERIES; lane += WIDTH) {
+        const ints token = places() + (int32_t)lane;
+        vec most = (vec){} - INFINITY, sum = {};
+        for (int64_t i = 0; i < end; i++) {
+            const vec its = load(FLOAT32, scores, i * QUERIES + lane);
+            const ints is_more = (its > most) & (token >= (int32_t)(i - before));
+            most = (vec)((is_more & (ints)its) | (~is_more & (ints)most));
+        }
+        for (int64_t i = 0; i < end; i++) {
+            float *to = scores + i * QUERIES + lane;
+            const vec its = instead(token < (int32_t)(i - before), 0, exponential(load(FLOAT32, to, 0) - most));
+            put(to, its, WIDTH);
+            sum += its;
+        }
+        put(factors + lane, 1.0f / sum, WIDTH);
+    }
+}
+
+static void attend_together(const struct network *net, const struct layer *layer, const struct call *call, int64_t t,
+                            int64_t count, int64_t g, float *scores) {
+    const int64_t d = net->head_dim, each = net->n_head / net->n_kv, all = (net->n_head + 2 * net->n_kv) * d;
+    const int64_t before = call->positions[t], end = before + count, kind = kind_of_x(layer->attn_proj.kind);
+    const int64_t at = (call->rows[t] * net->n_kv + g) * net->capacity * d;
+    const pair *keys = (const pair *)(layer->keys + at), *values = (const pair *)(layer->values + at);
+    const float scale = 1 / sqrtf(d);
+    float queries[d * QUERIES], read[TOKENS * d], factors[QUERIES];
+    for (int64_t head = g * each; head < (g + 1) * each; head++) {
+        for (int64_t j = 0; j < d; j++)
+            for (int64_t lane = 0; lane < QUERIES; lane++)
+                queries[j * QUERIES + lane] = lane < count ? call->qkv[(t + lane) * all + head * d + j] * scale : 0;
+        for (int64_t i = 0, more; i < end; i += more) {
+            more = i + TOKENS <= end ? TOKENS : 1;
+            if (more == TOKENS)
+                tile(FLOAT32, TOKENS, 2, d, keys + i * d, d, 1, (pair *)queries, QUERIES, scores + i * QUERIES, QUERIES, 0);
+            else
+                tile(FLOAT32, 1, 2, d, keys + i * d, d, 1, (pair *)queries, QUERIES, scores + i * QUERIES, QUERIES, 0);
+        }
+        share_out(before, end, scores, factors);
+        for (int64_t r = 0, more; r < count; r += more) {
+            const pair *shares = (const pair *)scores + r;
+            more = r + TOKENS <= count ? TOKENS : 1;
+            for (int64_t j = 0; j < d; j += COLUMNS) {
+                const int64_t wide = least(COLUMNS, d - j);
+                if (more == TOKENS)
+                    tiles(FLOAT32, TOKENS, wide, before + r + more, shares, 1, QUERIES, values + j, d, read + j, d, 0);
+                else
+                    tiles(FLOAT32, 1, wide, before + r + more, shares, 1, QUERIES, values + j, d, read + j, d, 0);
+            }
+            for (int64_t i = 0; i < more; i++)
+                for (int64_t j = 0; j < d; j += WIDTH)
+                    give(kind, call->y + (t + r + i) * net->n_head * d, head * d + j,
+                         load(FLOAT32, read, i * d + j) * factors[r + i], WIDTH);
+        }
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* The step */
 
@@ -291,36 +426,44 @@ static void attend(const struct network *net, const struct layer *layer, const s
 #endif
 
 /* Shares a product out among the threads. */
-#define SHARED_PRODUCT(m, x, stride, y, y_stride, adds)                                                                \
-    SHARE_OUT for (int64_t first = 0; first < (m)->outputs; first += piece_of((m)->outputs, net->threads)) {          \
-        int64_t last = first + piece_of((m)->outputs, net->threads);                                                   \
-        product(m, first, last < (m)->outputs ? last : (m)->outputs, n, x, stride, y, y_stride, adds);                 \
+#define SHARED_PRODUCT(of_prompt, m, x, stride, y, y_stride, adds)                                                     \
+    {                                                                                                                  \
+        const int64_t piece = piece_of(of_prompt, (m)->outputs, net->threads);                                         \
+        SHARE_OUT for (int64_t first = 0; first < (m)->outputs; first += piece)                                        \
+            part_of_product(of_prompt, m, first, least(first + piece, (m)->outputs), n, x, stride, y, y_stride, adds); \
     }
 
 static void block(const struct network *net, const struct layer *layer, const struct call *call) {
     const int64_t n = call->n, width = net->width, hidden = net->hidden, heads = net->n_head * net->head_dim;
-    const int64_t all = heads + 2 * net->n_kv * net->head_dim;
-    float *scores = call->scores + omp_get_thread_num() * (net->n_head / net->n_kv) * net->capacity;
+    const int64_t all = heads + 2 * net->n_kv * net->head_dim, of_prompt = call->is_prompt;
+    const int64_t at_once = of_prompt && net->head_dim % WIDTH == 0 ? QUERIES : 1, parts = (n + at_once - 1) / at_once;
+    const int64_t rows_of_scores = at_once > 1 ? at_once : net->n_head / net->n_kv;
+    float *scores = call->scores + omp_get_thread_num() * rows_of_scores * net->capacity;
     SHARE_OUT for (int64_t t = 0; t < n; t++)
         normalise(net, layer->ln_1, call->x + t * width, &layer->attn, call->h + t * width);
-    SHARED_PRODUCT(&layer->attn, call->h, width, call->qkv, all, 0)
+    SHARED_PRODUCT(of_prompt, &layer->attn, call->h, width, call->qkv, all, 0)
     SHARE_OUT for (int64_t i = 0; i < n * net->n_kv; i++)
         place(net, layer, call, i / net->n_kv, i % net->n_kv);
-    SHARE_OUT for (int64_t i = 0; i < n * net->n_kv; i++)
-        attend(net, layer, call, i / net->n_kv, i % net->n_kv, scores);
-    SHARED_PRODUCT(&layer->attn_proj, call->y, heads, call->x, width, 1)
+    SHARE_OUT for (int64_t i = 0; i < parts * net->n_kv; i++) {
+        const int64_t t = i / net->n_kv * at_once;
+        if (at_once > 1)
+            attend_together(net, layer, call, t, least(at_once, n - t), i % net->n_kv, scores);
+        else
+            attend(net, layer, call, t, i % net->n_kv, scores);
+    }
+    SHARED_PRODUCT(of_prompt, &layer->attn_proj, call->y, heads, call->x, width, 1)
     SHARE_OUT for (int64_t t = 0; t < n; t++)
         normalise(net, layer->ln_2, call->x + t * width, &layer->fc, call->h + t * width);
     /* Of a token: what the first product gives, and behind it what the second one takes. */
     const struct matrix *fc = &layer->fc;
     const int64_t f_width = net->is_gpt2 ? hidden : 2 * hidden, stride = f_width + hidden;
-    const int64_t piece = piece_of(hidden, net->threads), kind = kind_of_x(layer->fc_proj.kind);
+    const int64_t piece = piece_of(of_prompt, hidden, net->threads), kind = kind_of_x(layer->fc_proj.kind);
     float *active = call->f + f_width;
     SHARE_OUT for (int64_t first = 0; first < hidden; first += piece) {
-        const int64_t last = first + piece < hidden ? first + piece : hidden;
-        product(fc, first, last, n, call->h, width, call->f, stride, 0);
+        const int64_t last = least(first + piece, hidden);
+        part_of_product(of_prompt, fc, first, last, n, call->h, width, call->f, stride, 0);
         if (!net->is_gpt2)
-            product(fc, hidden + first, hidden + last, n, call->h, width, call->f, stride, 0);
+            part_of_product(of_prompt, fc, hidden + first, hidden + last, n, call->h, width, call->f, stride, 0);
         for (int64_t t = 0; t < n; t++) {
             const float *its = call->f + t * stride + first;
             if (net->is_gpt2)
@@ -329,7 +472,7 @@ static void block(const struct network *net, const struct layer *layer, const st
                 silu_times(its, its + hidden, last - first, kind, active + t * stride, first);
         }
     }
-    SHARED_PRODUCT(&layer->fc_proj, active, stride, call->x, width, 1)
+    SHARED_PRODUCT(of_prompt, &layer->fc_proj, active, stride, call->x, width, 1)
 }
 
 void step(const struct network *net, const struct call *call) {
@@ -343,6 +486,6 @@ void step(const struct network *net, const struct call *call) {
         const float *x = call->x + (call->n - n) * width;
         SHARE_OUT for (int64_t t = 0; t < n; t++)
             normalise(net, net->ln_f, x + t * width, &net->head, call->h + t * width);
-        SHARED_PRODUCT(&net->head, call->h, width, call->logits, net->head.outputs, 0)
+        SHARED_PRODUCT(0, &net->head, call->h, width, call->logits, net->head.outputs, 0)
     }
 }

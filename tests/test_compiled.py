@@ -100,6 +100,7 @@ def test_a_compiled_step_gives_the_full_forward_pass(compiled_folder, capfd, dty
 KINDS = {
     "float32": ({}, torch.float32, False),
     "float32 with tails": ({"n_embd": 36, "n_head": 3, "vocab_size": 37}, torch.float32, False),
+    "float32 with odd numbers": ({"n_embd": 35, "n_head": 1, "vocab_size": 37}, torch.float32, False),
     "bfloat16": ({"bias": False}, torch.bfloat16, False),
     "bfloat16 llama": ({**QWEN3, "arch": "llama", "n_kv_head": 1}, torch.bfloat16, False),
     "int8 qwen3": (QWEN3, torch.float32, True),
@@ -108,31 +109,56 @@ KINDS = {
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 33, 64, 65, 150, 530])
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_a_prompt_of_any_length_is_read_whole(compiled_folder, dtype, length, arch):
-    """With all of its logits asked for, or the last alone: the same text follows, of logits that are float32's. Beyond
-    what a step reads, in bfloat16, what matrices put out is rounded too."""
-    model = make(block_size=540, **({} if arch == "gpt2" else {**QWEN3, "arch": "llama", "tie_embeddings": True}))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_of_any_length_is_read_whole(compiled_folder, kind, length):
+    """With all of its logits asked for, or the last alone, by any number of threads: with the same bits, which are the
+    full forward pass's up to rounding, and the same text follows; in two parts too."""
+    changes, dtype, quantize = KINDS[kind]
+    model = make(**{**changes, "block_size": 540})
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.add_(1.0)
-    engine = prepare(model, CPU, dtype, False, 2, 10**9, True)
-    plain, off = reference(model, dtype, False)
-    if dtype == torch.bfloat16 and length > engine.few:
-        off = 0.25
-    prompt, seen = [(7 * n) % 61 for n in range(length)], []
+    engine = prepare(model, CPU, dtype, quantize, 2, 10**9, True)
+    plain, off = reference(model, dtype, quantize)
+    prompt, seen = [(7 * n) % 37 for n in range(length)], []
+    off = 0.25 if engine.has_tiles and length > compiled.SHORT else 2 * off  # there are many logits
+    threads, following = torch.get_num_threads(), []
     cache = engine.new_cache(2, 540)
     last = engine.prefill(prompt, cache, 1, 0, seen.append)
     assert all(len(logits) <= 64 for logits in seen) and torch.equal(seen[-1][-1], last) and last.dtype == torch.float32
     wanted = plain(torch.tensor([prompt]), torch.tensor([prompt]))[0][0]
     torch.testing.assert_close(torch.cat(seen).float(), wanted, atol=off, rtol=0)
-    following = [engine.step(torch.tensor([3]), cache, [1])]
-    assert torch.equal(engine.prefill(prompt, cache, 1), last)
-    following.append(engine.step(torch.tensor([3]), cache, [1]))
-    assert torch.equal(*following)
+    try:
+        for count in (threads, 1, 3):
+            torch.set_num_threads(count)
+            cache = engine.new_cache(2, 540)
+            assert torch.equal(engine.prefill(prompt, cache, 1), last) or engine.has_tiles and count != threads
+            following.append(engine.step(torch.tensor([3]), cache, [1]))
+            assert torch.equal(following[-1], following[0]) or engine.has_tiles
+    finally:
+        torch.set_num_threads(threads)
+    if length > 1:
+        engine.prefill(prompt[: length // 2], cache, 0)
+        torch.testing.assert_close(engine.prefill(prompt[length // 2 :], cache, 0, length // 2), last, atol=off, rtol=0)
+
+
+@pytest.mark.skipif(
+    not compiled.machine.cpu_has_bfloat16() or not has_compiler(), reason="no bfloat16, or no C compiler"
+)
+@pytest.mark.parametrize("length", [33, 150])
+def test_where_a_library_has_tiles_a_prompt_is_read_by_it(compiled_folder, monkeypatch, length):
+    """What matrices put out is rounded then; of the last token they are not, whose logits a step computes."""
+    monkeypatch.setattr(compiled.machine, "cpu_has_amx", lambda: True)
+    model, seen = make(block_size=540), []
+    engine = prepare(model, CPU, torch.bfloat16, False, 2, 10**9, True)
+    assert engine.has_tiles
+    prompt, cache = [(7 * n) % 37 for n in range(length)], engine.new_cache(2, 540)
+    last = engine.prefill(prompt, cache, 1, 0, seen.append)
+    assert torch.equal(seen[-1][-1], last) and last.dtype == torch.float32
+    wanted = reference(model, torch.bfloat16, False)[0](torch.tensor([prompt]), torch.tensor([prompt]))[0][0]
+    torch.testing.assert_close(torch.cat(seen).float(), wanted, atol=0.25, rtol=0)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler")
