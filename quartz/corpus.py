@@ -53,7 +53,8 @@ SHORTEST_PASSAGE = 64  # characters
 BATCH_CHARS = 2**19  # what a thread encodes at a time
 BPE_VOCABULARY = 8192
 SAVE_SECONDS = 5.0  # between two notes of the place
-TRAINING_CHARS = 10**9  # that a BPE is trained on: 2 GB of memory
+TRAINING_CHARS = 3 * 10**8  # that a BPE is trained on: 1 GB of memory
+READ_FOR_ONE = 10  # bytes that are read, at the most, for each character of those
 AHEAD = 64  # texts that are read at a time, while others are trained on
 REPORT_CHARS = 2**22  # held-out text that tokenizers are compared on
 NOTE = "prepare.json"  # the place, in the data set's folder
@@ -91,7 +92,7 @@ class Recipe:
             ),
             (self.vocab_size == 0 or self.tokenizer == "bpe", f"vocab_size is of bpe, not of {self.tokenizer}"),
             (self.training_chars == 0 or self.tokenizer == "bpe", f"training_chars is of bpe, not of {self.tokenizer}"),
-            (self.training_chars >= 0, f"training_chars must be 0 (a billion) or more, not {self.training_chars}"),
+            (self.training_chars >= 0, f"training_chars must be 0 (300 million) or more, not {self.training_chars}"),
             (self.pattern in PATTERNS, f"pattern must be {' or '.join(PATTERNS)}, not {self.pattern!r}"),
             (0 < self.val_share < 1, f"val_share must be between 0 and 1, not {self.val_share}"),
             (self.shard_tokens >= 1, f"shard_tokens must be at least 1, not {self.shard_tokens}"),
@@ -475,21 +476,29 @@ class Preparation:
         return tokenizer
 
     def _training_texts(self, seen: dict[str, int], sample: list[str]) -> Iterator[str]:
-        """What is not held out, up to training_chars, from all files alike; puts some of the rest into `sample`."""
-        most = self.recipe.training_chars or TRAINING_CHARS
+        """What is not held out, up to training_chars, spread evenly over the text; puts some of the rest in `sample`.
+
+        Of a text that is far larger, over the first part of each file.
+        """
+        most, total = self.recipe.training_chars or TRAINING_CHARS, self.ends[-1]
+        share = min(1, READ_FOR_ONE * most / max(1, total))  # of each file, that is read
         with self._bar("training a tokenizer", 0) as bar:
-            for number in range(len(self.paths)):
-                budget = seen["train"] + (most - seen["train"]) // (len(self.paths) - number)
+            for number, (begin, end) in enumerate(itertools.pairwise(self.ends)):
+                if seen["train"] * total > most * end:  # there is enough for all up to its end
+                    continue
                 for _, split, text, _, place in self._pieces({"file": number, "piece": 0}, number + 1):
-                    if seen["train"] >= budget:
-                        break
-                    if split == "train":
+                    reached = min(end, begin + (place - begin) / share)
+                    if split == "val":
+                        if seen["val"] < REPORT_CHARS:
+                            sample.append(text)
+                        seen["val"] += len(text)
+                    elif seen["train"] * total <= most * reached:
                         yield text
-                    elif seen["val"] < REPORT_CHARS:
-                        sample.append(text)
-                    seen[split] += len(text)
+                        seen["train"] += len(text)
                     _move(bar, place)
-                _move(bar, self.ends[number + 1])
+                    if share < 1 and reached == end:
+                        break
+                _move(bar, end)
 
     def _pieces(self, place: dict, end: int | None = None) -> Iterator[tuple[tuple[int, int], str, str, tuple, int]]:
         """From `place` on: ((file, piece), split, text, (bytes of it, whether a document ends), bytes read of all)."""

@@ -365,13 +365,14 @@ def train_and_encode(path: str, vocab_size: int) -> None:
 
 
 def compare_bpe(path: str, vocab_size: int, rounds: int) -> None:
-    """data/text/prepare.py, the whole process, in turns with the two libraries by themselves."""
+    """data/text/prepare.py, as a whole process, in turns with the two libraries; both train on the whole text."""
     rows = []
     for nth in range(rounds):
         row = {}
         for name in ("ours", "libraries")[:: 1 if nth % 2 else -1]:
             with tempfile.TemporaryDirectory() as folder:
                 command = ["data/text/prepare.py", f"--source={path}", "--tokenizer=bpe", f"--out={folder}"]
+                command += [f"--training_chars={10**15}"]  # the libraries train on all of it too
                 command = [sys.executable, *(command if name == "ours" else [__file__, f"--bpe_alone={path}"])]
                 began = time.perf_counter()
                 process = subprocess.Popen(

@@ -359,15 +359,27 @@ def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_touched(tmp_
     assert len(problem.value.problems) == 2 and not (tmp_path / "out").exists()
 
 
-def test_a_bpe_is_trained_on_so_many_characters_from_all_files_alike(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("packs", "read_for_one", "words"),
+    [(False, 1000, "aaaa cccc bbbb dddd"), (False, 10, "aaaa bbbb"), (True, 1000, "aaaa bbbb")],
+)
+def test_a_bpe_is_trained_on_so_many_characters_from_everywhere(
+    tmp_path, capsys, monkeypatch, packs, read_for_one, words
+):
+    """From all files alike, and from the whole of each, but for what is packed in one block; where the text is far
+    larger, from the first part of each.
+    """
     pytest.importorskip("tokenizers")
-    for name in "ab":
-        lines = [json.dumps({"text": f"{name * 9} {n}"}) + "\n" for n in range(999)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    prepare(tmp_path / "out", str(tmp_path / "*.jsonl"), Recipe("bpe", 300, training_chars=2000))
-    assert 2000 <= int(re.search(r"on ([\d,]+) characters", capsys.readouterr().out)[1].replace(",", "")) < 2050
+    monkeypatch.setattr(corpus, "READ_FOR_ONE", read_for_one)
+    (tmp_path / "src").mkdir()
+    for name, first, second in (("1", "aaaa", "cccc"), ("2", "bbbb", "dddd")):
+        lines = [json.dumps({"text": f"{first if n < 1500 else second} {n}"}) + "\n" for n in range(3000)]
+        data, path = "".join(lines).encode(), tmp_path / "src" / f"{name}.jsonl{'.gz' * packs}"
+        path.write_bytes(gzip.compress(data) if packs else data)
+    prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("bpe", 300, training_chars=2000))
+    assert 1990 <= int(re.search(r"on ([\d,]+) characters", capsys.readouterr().out)[1].replace(",", "")) < 2050
     tokens = json.loads((tmp_path / "out" / "meta.json").read_text())["tokenizer"]["tokens"]
-    assert {"a" * 9, "b" * 9} <= {*tokens}
+    assert {*tokens} & {"aaaa", "bbbb", "cccc", "dddd"} == {*words.split()}
 
 
 def test_a_vocabulary_larger_than_the_text_allows_is_refused(tmp_path):
