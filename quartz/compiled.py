@@ -217,7 +217,7 @@ class Call(Structure):
 
 
 class CompiledStep:
-    """An engine whose step, on a CPU, is machine code from the embeddings to the logits."""
+    """An engine whose step, on a CPU, is machine code from the embeddings to the logits; that reads prompts too."""
 
     def __init__(self, engine: Engine, library: ctypes.CDLL):
         self.engine, self.model, self.compute = engine, engine.model, library.step

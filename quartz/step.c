@@ -1,11 +1,12 @@
-/* The step of a GPT on a CPU: tokens of several texts in, the logits that follow each of them out.
+/* The step of a GPT on a CPU: tokens of several texts in, or a prompt's, the logits that follow each of them out.
 
 Read it to see what a token costs once nothing is in the way of reading the weights. It computes what model.py says, with
 weights of float32, bfloat16 or int8 and sums in float32; quartz/compiled.py has a C compiler translate it, once for a
 machine, and calls it.
 
 Every number of a row is summed in one order, whatever rows stand beside it and however many threads there are: they
-share out whole sums, never parts of one. So a text has the same bits alone and among others.
+share out whole sums, never parts of one. So a text has the same bits alone and among others. A prompt's tokens, which are
+many of one text, have an order of their own, that is faster for them.
 */
 
 #include "products.h"
