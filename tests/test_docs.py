@@ -106,8 +106,8 @@ HOW = {
         Told("test_docs.test_peers_runs_as_the_pages_say")
     ),
     'pip install -e ".[hf,test]" llama-cpp-python gguf': INSTALL,
-    "python tests/peers.py": Told("test_docs.test_peers_runs_as_the_pages_say"),
-    "python tests/peers.py --prompt=512 --tokens=1": Told("test_docs.test_peers_runs_as_the_pages_say"),
+    "python tests/peers.py --streams=1 --tokens=64": Told("test_docs.test_peers_runs_as_the_pages_say"),
+    "python tests/peers.py --streams=1 --prompt=512 --tokens=1": Told("test_docs.test_peers_runs_as_the_pages_say"),
     "python bench.py --mode=decode --batch_size=1 --dtype=bfloat16": (
         Tried(
             "--device=cpu --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --vocab_size=64"
@@ -181,8 +181,8 @@ HOW = {
 ONCE = "--rounds=1"
 FEW_STEPS = f"{ONCE} --steps=11 --batch_size=1"
 PEERS = {  # the same of tests/peers.py, sentences included
-    "python tests/peers.py": f"{ONCE} --streams=1 --tokens=8",
-    "python tests/peers.py --prompt=512 --tokens=1": f"{ONCE} --streams=1 --prompt=16",
+    "python tests/peers.py --streams=1 --tokens=64": f"{ONCE} --tokens=8",
+    "python tests/peers.py --streams=1 --prompt=512 --tokens=1": f"{ONCE} --prompt=16",
     "python tests/peers.py --sample=out-shakespeare-char": ONCE,
     "python tests/peers.py --train=config/fast_shakespeare_char.py --rounds=3": f"{ONCE} --steps=260 --max_iters=2",
     "python tests/peers.py --busy=config/demo.py --dataset=pystdlib_char --rounds=2 --steps=50": FEW_STEPS,
