@@ -294,8 +294,11 @@ class CompiledStep:
     ) -> torch.Tensor:
         """Puts tokens into places of rows; returns the logits that follow the last `wanted` of them, (wanted, V).
 
-        is_prompt: they are a text's, one behind the other, and are multiplied in a way that is faster for many.
+        is_prompt: they are a text's, one behind the other, and are multiplied in a way that is faster for many. Raises
+        ValueError where they do not fit into the cache.
         """
+        if max(places) >= cache.keys.size(4):
+            raise ValueError(f"position {max(places)} does not fit into a cache of {cache.keys.size(4)}")
         self.ready(cache, len(rows))
         idx, at, position = (torch.as_tensor(its) for its in (tokens, rows, places))
         x, rope = self.model.embed(idx[:, None], position[:, None])

@@ -478,7 +478,8 @@ class Preparation:
     def _training_texts(self, seen: dict[str, int], sample: list[str]) -> Iterator[str]:
         """What is not held out, up to training_chars, spread evenly over the text; puts some of the rest in `sample`.
 
-        Of a text that is far larger, over the first part of each file.
+        Of a text that is far larger, over the first part of each file. What is even is characters for each byte of the
+        files: one that is packed much closer than the others gives less of its text.
         """
         most, total = self.recipe.training_chars or TRAINING_CHARS, self.ends[-1]
         share = min(1, READ_FOR_ONE * most / max(1, total))  # of each file, that is read
@@ -486,17 +487,19 @@ class Preparation:
             for number, (begin, end) in enumerate(itertools.pairwise(self.ends)):
                 if seen["train"] * total > most * end:  # there is enough for all up to its end
                     continue
+                is_held_out = self.paths[number] in self.validation
                 for _, split, text, _, place in self._pieces({"file": number, "piece": 0}, number + 1):
-                    reached = min(end, begin + (place - begin) / share)
+                    reached = min(end, begin + (place - begin) / share)  # by blocks, where it is no line or row
+                    is_due = seen["train"] * total <= most * reached
                     if split == "val":
                         if seen["val"] < REPORT_CHARS:
                             sample.append(text)
                         seen["val"] += len(text)
-                    elif seen["train"] * total <= most * reached:
+                    elif is_due:
                         yield text
                         seen["train"] += len(text)
                     _move(bar, place)
-                    if share < 1 and reached == end:
+                    if share < 1 and reached == end and (is_held_out or not is_due):
                         break
                 _move(bar, end)
 

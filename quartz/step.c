@@ -355,8 +355,10 @@ static void attend(const struct network *net, const struct layer *layer, const s
     }
 }
 
-/* The same of `count` tokens of a prompt, from token t on, one in each lane; head_dim a multiple of WIDTH. */
-enum { QUERIES = 2 * WIDTH };
+/* The same of `count` tokens of a prompt, from token t on, one in each lane: of heads that fill vectors, and not the stack. */
+enum { QUERIES = 2 * WIDTH, CHANNELS = 512 };
+
+INLINE int64_t attends_together(int64_t head_dim) { return head_dim % WIDTH == 0 && head_dim <= CHANNELS; }
 
 /* scores (keys, QUERIES): for each key up to `end` its share in what each query reads, which sees `before` keys and those
    up to its own; but for the factor that is told. */
@@ -386,7 +388,7 @@ static void attend_together(const struct network *net, const struct layer *layer
     const int64_t at = (call->rows[t] * net->n_kv + g) * net->capacity * d;
     const pair *keys = (const pair *)(layer->keys + at), *values = (const pair *)(layer->values + at);
     const float scale = 1 / sqrtf(d);
-    float queries[d * QUERIES], read[TOKENS * d], factors[QUERIES];
+    float queries[CHANNELS * QUERIES], read[TOKENS * CHANNELS], factors[QUERIES];
     for (int64_t head = g * each; head < (g + 1) * each; head++) {
         for (int64_t j = 0; j < d; j++)
             for (int64_t lane = 0; lane < QUERIES; lane++)
@@ -437,8 +439,8 @@ static void attend_together(const struct network *net, const struct layer *layer
 static void block(const struct network *net, const struct layer *layer, const struct call *call) {
     const int64_t n = call->n, width = net->width, hidden = net->hidden, heads = net->n_head * net->head_dim;
     const int64_t all = heads + 2 * net->n_kv * net->head_dim, of_prompt = call->is_prompt;
-    const int64_t at_once = of_prompt && net->head_dim % WIDTH == 0 ? QUERIES : 1, parts = (n + at_once - 1) / at_once;
-    const int64_t rows_of_scores = at_once > 1 ? at_once : net->n_head / net->n_kv;
+    const int64_t at_once = of_prompt && attends_together(net->head_dim) ? QUERIES : 1;
+    const int64_t parts = (n + at_once - 1) / at_once, rows_of_scores = at_once > 1 ? at_once : net->n_head / net->n_kv;
     float *scores = call->scores + omp_get_thread_num() * rows_of_scores * net->capacity;
     SHARE_OUT for (int64_t t = 0; t < n; t++)
         normalise(net, layer->ln_1, call->x + t * width, &layer->attn, call->h + t * width);

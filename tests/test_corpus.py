@@ -382,6 +382,23 @@ def test_a_bpe_is_trained_on_so_many_characters_from_everywhere(
     assert {*tokens} & {"aaaa", "bbbb", "cccc", "dddd"} == {*words.split()}
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".txt"])
+def test_files_that_are_read_in_one_block_give_their_share(tmp_path, capsys, suffix):
+    """Of a text of far more than ten times what is asked for; what is held out by a file's name stays so."""
+    pytest.importorskip("tokenizers")
+    (tmp_path / "src").mkdir()
+    for n in range(12):
+        words = [hashlib.sha256(b"%d %d" % (n, i)).hexdigest()[:6] for i in range(12_000)]
+        texts = [" ".join(words[i : i + 60]) for i in range(0, len(words), 60)]
+        lines = [json.dumps({"text": text}) for text in texts]
+        data = "\n".join(texts if suffix == ".txt" else lines).encode()
+        (tmp_path / "src" / f"{n:02}{suffix}").write_bytes(data if suffix == ".txt" else gzip.compress(data))
+    asked = 40_000 if suffix == ".txt" else 20_000
+    prepare(tmp_path / "out", str(tmp_path / "src"), Recipe("bpe", 300, training_chars=asked), validation="03")
+    trained = int(re.search(r"on ([\d,]+) characters", capsys.readouterr().out)[1].replace(",", ""))
+    assert asked * 0.9 < trained < asked + 17_000
+
+
 def test_a_vocabulary_larger_than_the_text_allows_is_refused(tmp_path):
     pytest.importorskip("tokenizers")
     (tmp_path / "a.txt").write_text("abc abd\n" * 500)
