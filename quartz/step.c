@@ -360,9 +360,9 @@ enum { QUERIES = 2 * WIDTH, CHANNELS = 512 };
 
 INLINE int64_t attends_together(int64_t head_dim) { return head_dim % WIDTH == 0 && head_dim <= CHANNELS; }
 
-/* scores (keys, QUERIES): for each key up to `end` its share in what each query reads, which sees `before` keys and those
-   up to its own; but for the factor that is told. */
-static void share_out(int64_t before, int64_t end, float *scores, float *factors) {
+/* scores (keys, QUERIES) of the keys up to `end`; each query sees `before` of them, and those up to its own. In their place
+   come the numerators; factors: 1 / their sums. */
+static void softmax(int64_t before, int64_t end, float *scores, float *factors) {
     for (int64_t lane = 0; lane < QUERIES; lane += WIDTH) {
         const ints token = places() + (int32_t)lane;
         vec most = (vec){} - INFINITY, sum = {};
@@ -400,7 +400,7 @@ static void attend_together(const struct network *net, const struct layer *layer
             else
                 tile(FLOAT32, 1, 2, d, keys + i * d, d, 1, (pair *)queries, QUERIES, scores + i * QUERIES, QUERIES, 0);
         }
-        share_out(before, end, scores, factors);
+        softmax(before, end, scores, factors);
         for (int64_t r = 0, more; r < count; r += more) {
             const pair *shares = (const pair *)scores + r;
             more = r + TOKENS <= count ? TOKENS : 1;
