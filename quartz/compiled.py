@@ -221,8 +221,8 @@ class CompiledStep:
 
     def __init__(self, engine: Engine, library: ctypes.CDLL):
         self.engine, self.model, self.compute = engine, engine.model, library.step
-        in_halves = self.model.lm_head.weight.dtype == torch.bfloat16
-        self.has_tiles = in_halves and machine.cpu_has_amx()  # of which a library makes more: the engine reads prompts
+        # Of tiles of bfloat16 a library makes more than C here: then the engine reads prompts
+        self.has_tiles = self.model.lm_head.weight.dtype == torch.bfloat16 and machine.cpu_has_amx()
         self.take_weights()
 
     def new_cache(self, rows: int, length: int) -> RowCache:
@@ -326,17 +326,17 @@ class CompiledStep:
             if is_long or sum(len(its) for its, *_ in together) + len(tokens) > LOGITS_ROWS:
                 found += self.read(together, cache)
                 together = []
-            if is_long and self.has_tiles:
+            if not is_long:
+                together.append((tokens, row, start, see))
+                continue
+            if self.has_tiles:
                 self.engine.prefill(tokens[:-1], cache, row, start, see)
                 found += self.read([(tokens[-1:], row, start + len(tokens) - 1, see)], cache)
                 continue
             while see and len(tokens) > LOGITS_ROWS:
                 self.read([(tokens[:LOGITS_ROWS], row, start, see)], cache, is_prompt=True)
                 tokens, start = tokens[LOGITS_ROWS:], start + LOGITS_ROWS
-            if is_long:
-                found += self.read([(tokens, row, start, see)], cache, is_prompt=True)
-            else:
-                together.append((tokens, row, start, see))
+            found += self.read([(tokens, row, start, see)], cache, is_prompt=True)
         return found + self.read(together, cache)
 
     def refill(self, texts: list[list[int]], cache: RowCache, rows: list[int]) -> torch.Tensor:

@@ -483,23 +483,28 @@ class Preparation:
         """
         most, total = self.recipe.training_chars or TRAINING_CHARS, self.ends[-1]
         share = min(1, READ_FOR_ONE * most / max(1, total))  # of each file, that is read
+
+        def is_enough(reached: float) -> bool:
+            """For the text up to this byte of all files."""
+            return seen["train"] * total > most * reached
+
         with self._bar("training a tokenizer", 0) as bar:
             for number, (begin, end) in enumerate(itertools.pairwise(self.ends)):
-                if seen["train"] * total > most * end:  # there is enough for all up to its end
+                if is_enough(end):
                     continue
                 is_held_out = self.paths[number] in self.validation
                 for _, split, text, _, place in self._pieces({"file": number, "piece": 0}, number + 1):
                     reached = min(end, begin + (place - begin) / share)  # by blocks, where it is no line or row
-                    is_due = seen["train"] * total <= most * reached
+                    is_over = share < 1 and reached == end and (is_held_out or is_enough(end))
                     if split == "val":
                         if seen["val"] < REPORT_CHARS:
                             sample.append(text)
                         seen["val"] += len(text)
-                    elif is_due:
+                    elif not is_enough(reached):
                         yield text
                         seen["train"] += len(text)
                     _move(bar, place)
-                    if share < 1 and reached == end and (is_held_out or not is_due):
+                    if is_over:
                         break
                 _move(bar, end)
 

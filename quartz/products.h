@@ -64,16 +64,22 @@ INLINE void tiles(const int64_t kind, const int rows, int64_t wide, int64_t n, c
     }
 }
 
+/* Of any number of rows: so many at a time, then one by one. */
+INLINE void all_tiles(const int64_t kind, const int at_once, int64_t rows, int64_t wide, int64_t n, const pair *a,
+                      int64_t a_row, int64_t a_next, const pair *b, int64_t b_stride, float *c, int64_t c_stride,
+                      const int adds) {
+    int64_t r = 0;
+    for (; r + at_once <= rows; r += at_once)
+        tiles(kind, at_once, wide, n, a + r * a_row, a_row, a_next, b, b_stride, c + r * c_stride, c_stride, adds);
+    for (; r < rows; r++)
+        tiles(kind, 1, wide, n, a + r * a_row, a_row, a_next, b, b_stride, c + r * c_stride, c_stride, adds);
+}
+
 /* c (rows, columns) = a (rows, 2 n) b, which lies in panels */
 static inline void multiply(int64_t rows, int64_t columns, int64_t n, const uint16_t *a, const pair *b, float *c) {
-    const pair *left = (const pair *)a;
     for (int64_t j = 0, wide; j < columns; j += PANEL) {
         const pair *panel = b + panel_at(j, columns, n, &wide);
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4)
-            tiles(BFLOAT16, 4, wide, n, left + r * n, n, 1, panel, wide, c + r * columns + j, columns, 0);
-        for (; r < rows; r++)
-            tiles(BFLOAT16, 1, wide, n, left + r * n, n, 1, panel, wide, c + r * columns + j, columns, 0);
+        all_tiles(BFLOAT16, 4, rows, wide, n, (const pair *)a, n, 1, panel, wide, c + j, columns, 0);
     }
 }
 

@@ -230,13 +230,10 @@ INLINE void product_of_prompt(const int64_t kind, const struct matrix *m, int64_
             for (int64_t row = 0, rows; row < n; row += rows) {
                 const pair *its = (const pair *)x + row * stride + k;
                 float *to = y + row * y_stride;
-                rows = row + TOKENS <= n ? TOKENS : 1;
+                rows = least(TOKENS, n - row);
                 if (!k)
                     begin_sums(m, o, count, rows, to, y_stride, adds);
-                if (rows == TOKENS)
-                    tiles(kind, TOKENS, count, depth, its, stride, 1, panel, count, to + o, y_stride, 1);
-                else
-                    tiles(kind, 1, count, depth, its, stride, 1, panel, count, to + o, y_stride, 1);
+                all_tiles(kind, TOKENS, rows, count, depth, its, stride, 1, panel, count, to + o, y_stride, 1);
             }
         }
     }
@@ -393,24 +390,14 @@ static void attend_together(const struct network *net, const struct layer *layer
         for (int64_t j = 0; j < d; j++)
             for (int64_t lane = 0; lane < QUERIES; lane++)
                 queries[j * QUERIES + lane] = lane < count ? call->qkv[(t + lane) * all + head * d + j] * scale : 0;
-        for (int64_t i = 0, more; i < end; i += more) {
-            more = i + TOKENS <= end ? TOKENS : 1;
-            if (more == TOKENS)
-                tile(FLOAT32, TOKENS, 2, d, keys + i * d, d, 1, (pair *)queries, QUERIES, scores + i * QUERIES, QUERIES, 0);
-            else
-                tile(FLOAT32, 1, 2, d, keys + i * d, d, 1, (pair *)queries, QUERIES, scores + i * QUERIES, QUERIES, 0);
-        }
+        all_tiles(FLOAT32, TOKENS, end, QUERIES, d, keys, d, 1, (pair *)queries, QUERIES, scores, QUERIES, 0);
         softmax(before, end, scores, factors);
         for (int64_t r = 0, more; r < count; r += more) {
             const pair *shares = (const pair *)scores + r;
-            more = r + TOKENS <= count ? TOKENS : 1;
-            for (int64_t j = 0; j < d; j += COLUMNS) {
-                const int64_t wide = least(COLUMNS, d - j);
-                if (more == TOKENS)
-                    tiles(FLOAT32, TOKENS, wide, before + r + more, shares, 1, QUERIES, values + j, d, read + j, d, 0);
-                else
-                    tiles(FLOAT32, 1, wide, before + r + more, shares, 1, QUERIES, values + j, d, read + j, d, 0);
-            }
+            more = least(TOKENS, count - r);
+            for (int64_t j = 0; j < d; j += COLUMNS)
+                all_tiles(FLOAT32, TOKENS, more, least(COLUMNS, d - j), before + r + more, shares, 1, QUERIES, values + j, d,
+                          read + j, d, 0);
             for (int64_t i = 0; i < more; i++)
                 for (int64_t j = 0; j < d; j += WIDTH)
                     give(kind, call->y + (t + r + i) * net->n_head * d, head * d + j,
